@@ -1,0 +1,267 @@
+"""Configuration as frozen dataclasses: no torch, no hardware probing, JSON round trip.
+
+Each field's `help` is its one-line meaning; the command line shows the same words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from bitgen.errors import ConfigError
+
+MODEL_SIZES = ("nano", "tiny", "small", "base", "large")
+QUANTIZATIONS = ("ternary", "none")
+ATTENTION_MODES = ("prefix", "causal", "bidirectional")
+IMAGE_RESIZES = ("crop", "pad")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+CAPTION_SAMPLINGS = ("one", "all")
+
+_Config = TypeVar("_Config", bound="_JsonConfig")
+
+
+def _field(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+class _JsonConfig:
+    """JSON round trip for a dataclass; unknown and mistyped fields are refused by name."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
+        """Build from a mapping. Raises ConfigError for unknown names and values of another type."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"A {cls.__name__} is read from a mapping, not {type(values)!r}.")
+        fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(values) - set(fields))
+        if unknown:
+            raise ConfigError(
+                f"{cls.__name__} has no field named {', '.join(unknown)}.",
+                remedy="It may come from a newer BitGen: upgrade, or remove the field.",
+            )
+        return cls(**{name: _restore(value) for name, value in values.items()})
+
+    @classmethod
+    def from_json(cls: type[_Config], text: str) -> _Config:
+        """Build from JSON text. Raises ConfigError if it is not JSON or does not fit."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"{cls.__name__}: not JSON ({error}).") from error
+        return cls.from_dict(values)
+
+    def _check_types_and_choices(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            expected = str(field.type)
+            kinds: dict[str, tuple[type, ...]] = {
+                "bool": (bool,),
+                "int": (int,),
+                "float": (int, float),
+                "str": (str,),
+                "tuple": (tuple,),
+                "None": (type(None),),
+            }
+            allowed = tuple(
+                kind for part in expected.split(" | ") for kind in kinds[part.split("[")[0]]
+            )
+            if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+                raise ConfigError(f"{field.name} must be {expected}, got {value!r}.")
+            choices = field.metadata.get("choices")
+            if choices is not None and value not in choices:
+                raise ConfigError(
+                    f"{field.name} must be one of {', '.join(choices)}; got {value!r}."
+                )
+
+
+def _restore(value: Any) -> Any:
+    return tuple(_restore(item) for item in value) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class BitGenConfig(_JsonConfig):
+    """Architecture of one model. `BitGenConfig.preset("tiny")` gives the named sizes."""
+
+    model_size: str = _field("custom", "Name of the preset that this was made from.")
+    vocab_size: int = _field(8192, "Rows of the embedding; the tokenizer may use fewer.")
+    hidden_size: int = _field(256, "Width C of the decoder.")
+    num_layers: int = _field(6, "Decoder layers.")
+    num_heads: int = _field(4, "Query heads H of the decoder.")
+    num_kv_heads: int = _field(4, "Key and value heads; fewer than num_heads is grouped-query.")
+    head_dim: int = _field(64, "Width D of one head.")
+    intermediate_size: int = _field(768, "Width of the decoder's feed-forward layer.")
+    max_positions: int = _field(512, "Longest sequence S (image tokens and text) accepted.")
+    rope_theta: float = _field(10000.0, "Base of the rotary position embedding.")
+    rms_norm_eps: float = _field(1e-5, "Added to the mean square in RMSNorm.")
+    dropout: float = _field(0.0, "Dropout on each residual branch, in training.")
+    attention_mode: str = _field(
+        "prefix",
+        "prefix: image and prompt see each other, the caption is causal; causal; bidirectional.",
+        ATTENTION_MODES,
+    )
+    quantization: str = _field("ternary", "Linear weights: ternary or none.", QUANTIZATIONS)
+    image_size: int = _field(160, "Side of the square picture, in pixels.")
+    image_resize: str = _field("crop", "Aspect-preserving: crop, or pad.", IMAGE_RESIZES)
+    image_mean: tuple[float, float, float] = _field(
+        (0.485, 0.456, 0.406), "Mean per channel (R, G, B) of pixels in [0, 1]."
+    )
+    image_std: tuple[float, float, float] = _field(
+        (0.229, 0.224, 0.225), "Standard deviation per channel of pixels in [0, 1]."
+    )
+    image_encoder: str = _field("vit", "vit (ternary), or the name of a torchvision backbone.")
+    patch_size: int = _field(16, "Side of one patch of the vit encoder, in pixels.")
+    encoder_hidden_size: int = _field(256, "Width of the vit encoder.")
+    encoder_layers: int = _field(4, "Layers of the vit encoder.")
+    encoder_heads: int = _field(4, "Heads of the vit encoder.")
+    encoder_intermediate_size: int = _field(768, "Width of the vit encoder's feed-forward layer.")
+    freeze_encoder: bool = _field(False, "Keep the image encoder's weights as they are.")
+    robot_names: tuple[str, ...] = _field((), "Robots seen in training: each has a learned bias.")
+
+    def __post_init__(self) -> None:
+        self._check_types_and_choices()
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "intermediate_size",
+            "max_positions",
+            "image_size",
+            "patch_size",
+            "encoder_hidden_size",
+            "encoder_layers",
+            "encoder_heads",
+            "encoder_intermediate_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads"
+                f" ({self.num_kv_heads})."
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim must be even for RoPE, got {self.head_dim}.")
+        if self.encoder_hidden_size % self.encoder_heads:
+            raise ConfigError(
+                f"encoder_hidden_size ({self.encoder_hidden_size}) must be a multiple of"
+                f" encoder_heads ({self.encoder_heads})."
+            )
+        patches = max(1, round(self.image_size / self.patch_size))
+        if self.image_encoder == "vit" and self.image_size % self.patch_size:
+            raise ConfigError(
+                f"image_size {self.image_size} is not a multiple of the patch size"
+                f" {self.patch_size}.",
+                remedy=f"Take {patches * self.patch_size}.",
+            )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must be in [0, 1), got {self.dropout}.")
+
+    @classmethod
+    def preset(cls, model_size: str, **changes: Any) -> BitGenConfig:
+        """The named size, with fields changed by keyword. Raises ConfigError for other names."""
+        if model_size not in _PRESETS:
+            raise ConfigError(
+                f"There is no model size {model_size!r}.",
+                remedy=f"Sizes: {', '.join(MODEL_SIZES)}.",
+            )
+        given = {name: value for name, value in changes.items() if value is not None}
+        return cls(**{"model_size": model_size, **_PRESETS[model_size], **given})
+
+
+def _preset(
+    width: int, layers: int, heads: int, feed_forward: int, vocabulary: int, image: int,
+    encoder: tuple[int, int, int, int],
+) -> dict[str, Any]:  # fmt: skip
+    encoder_width, encoder_layers, encoder_heads, encoder_feed_forward = encoder
+    return {
+        "hidden_size": width, "num_layers": layers, "num_heads": heads, "num_kv_heads": heads,
+        "intermediate_size": feed_forward, "vocab_size": vocabulary, "image_size": image,
+        "encoder_hidden_size": encoder_width, "encoder_layers": encoder_layers,
+        "encoder_heads": encoder_heads, "encoder_intermediate_size": encoder_feed_forward,
+    }  # fmt: skip
+
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "nano": _preset(256, 3, 4, 512, 4096, 96, encoder=(256, 2, 4, 512)),
+    "tiny": _preset(256, 6, 4, 768, 8192, 160, encoder=(256, 4, 4, 768)),
+    "small": _preset(512, 8, 8, 1536, 16384, 224, encoder=(512, 6, 8, 1536)),
+    "base": _preset(768, 12, 12, 2048, 16384, 224, encoder=(768, 8, 12, 2048)),
+    "large": _preset(1536, 24, 24, 4096, 32768, 224, encoder=(1024, 12, 16, 2816)),
+}
+
+
+@dataclass(frozen=True)
+class TrainingConfig(_JsonConfig):
+    """How one run is trained: what is given is what is used."""
+
+    num_epochs: int = _field(10, "Passes over the training set.")
+    batch_size: int = _field(32, "Samples a step and device, before accumulation.")
+    grad_accumulation: int = _field(1, "Batches whose gradients are added before one update.")
+    learning_rate: float = _field(1e-3, "Peak learning rate.")
+    min_learning_rate: float = _field(1e-5, "Learning rate at the end of the cosine.")
+    warmup_steps: int = _field(200, "Updates over which the learning rate rises.")
+    weight_decay: float = _field(0.05, "AdamW's weight decay, on matrices only.")
+    grad_clip: float = _field(1.0, "Largest gradient norm; 0 switches clipping off.")
+    label_smoothing: float = _field(0.0, "Share of the target given to all other tokens.")
+    robot_loss_weight: float = _field(1.0, "Weight of the robot loss beside the caption loss.")
+    prompt_probability: float = _field(
+        0.1, "Share of captions whose first words are given as a prompt, without loss."
+    )
+    augment: bool = _field(True, "Vary pictures in training (crop, colour, mirror where true).")
+    captions: str = _field(
+        "one", "one: one caption of an image drawn per epoch; all: every one.", CAPTION_SAMPLINGS
+    )
+    max_caption_tokens: int = _field(40, "Longer captions are cut, in tokens.")
+    precision: str = _field("auto", "Arithmetic of the forward pass.", PRECISIONS)
+    device: str = _field("auto", "Where to train.", DEVICES)
+    num_workers: int = _field(0, "Processes that load batches; 0 loads in the main one.")
+    seed: int = _field(0, "Seed of weights, data order, captions and augmentation.")
+    max_steps: int | None = _field(None, "Stop after so many updates, whatever the epochs.")
+    eval_every: int = _field(500, "Updates between validations; one more at the end.")
+    save_every: int = _field(500, "Updates between checkpoints; one more at the end.")
+    keep_checkpoints: int = _field(2, "Checkpoints kept besides best and last.")
+
+    def __post_init__(self) -> None:
+        self._check_types_and_choices()
+        for name in (
+            "num_epochs",
+            "batch_size",
+            "grad_accumulation",
+            "eval_every",
+            "save_every",
+            "max_caption_tokens",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in (
+            "min_learning_rate",
+            "warmup_steps",
+            "weight_decay",
+            "grad_clip",
+            "num_workers",
+            "robot_loss_weight",
+            "keep_checkpoints",
+            "seed",
+        ):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}.")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ConfigError(f"max_steps must be at least 1, got {self.max_steps}.")
+        for name in ("label_smoothing", "prompt_probability"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}.")

@@ -1,0 +1,42 @@
+"""The integer product of int8 activations and ternary weights.
+
+Sums of at most `127 * K` are exact in int32 and, up to K = 132,104, in float32 as well: every path
+gives the same integers, so the choice among them changes no result.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+def ternary_matmul_reference(x_MK: torch.Tensor, ternary_NK: torch.Tensor) -> torch.Tensor:
+    """`x @ T.T` in int64: slow, for tests. int8 `[M, K]`, int8 `[N, K]` -> int64 `[M, N]`."""
+    return x_MK.long() @ ternary_NK.long().T
+
+
+@functools.cache
+def _int8_matmul_works() -> bool:
+    """Whether this torch multiplies int8 matrices on the CPU (torch 2.2 does not)."""
+    try:
+        ones = torch.ones(1, 4, dtype=torch.int8)
+        return int(torch._int_mm(ones, ones.T)) == 4
+    except RuntimeError:
+        return False
+
+
+def ternary_matmul(x_MK: torch.Tensor, ternary_NK: torch.Tensor) -> torch.Tensor:
+    """`x @ T.T` by the fastest exact path of this device.
+
+    Args:
+        x_MK: int8 `[M, K]`, quantized activations.
+        ternary_NK: int8 `[N, K]`, ternary weights.
+
+    Returns:
+        float32 `[M, N]`, whole numbers.
+    """
+    if x_MK.device.type == "cpu" and x_MK.numel() and _int8_matmul_works():
+        return torch._int_mm(x_MK, ternary_NK.T).float()
+    with torch.autocast(x_MK.device.type, enabled=False):
+        return x_MK.float() @ ternary_NK.float().T

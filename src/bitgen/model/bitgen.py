@@ -1,0 +1,310 @@
+"""The model: image encoder, projector, text decoder and robot selector.
+
+    images B3HW -> ImageEncoder -> Projector -> P image tokens --.
+    input_ids BL -> embedding --------------------------- L ------+-> S tokens -> decoder
+                     -> lm head (tied)                 -> logits BLV
+                     -> masked pooling -> selector     -> robot_logits BR
+
+Shape letters: B batch, L text length, P image tokens, S = P + L, C width, H heads, V vocabulary,
+R robots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitgen.config import BitGenConfig
+from bitgen.model.cache import StaticCache
+from bitgen.model.image_encoder import make_image_encoder
+from bitgen.model.masks import AttentionMask
+from bitgen.model.projector import Projector
+from bitgen.model.robot_selector import RobotSelector
+from bitgen.model.text_decoder import TextDecoder
+
+
+@dataclass(frozen=True)
+class BitGenOutput:
+    """What `BitGenModel.forward` returns; what was not asked for is None.
+
+    Attributes:
+        logits: `[B, L, V]`, next-token scores at each text position.
+        robot_logits: `[B, R]` float32, in the order of `set_robots`.
+        attention_cache: the cache that was given, filled.
+        attentions: one `[B, H, S, K]` float32 tensor a decoder layer.
+        pooled: `[B, C]`, mean of the final states over the text tokens.
+    """
+
+    logits: torch.Tensor
+    robot_logits: torch.Tensor | None = None
+    attention_cache: StaticCache | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    pooled: torch.Tensor | None = None
+
+
+class BitGenModel(nn.Module):
+    """A vision-language model with ternary linear weights, and a robot selector on top."""
+
+    def __init__(self, config: BitGenConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image_encoder = make_image_encoder(config)
+        self.projector = Projector(
+            self.image_encoder.output_width,
+            config.hidden_size,
+            config.quantization,
+            config.rms_norm_eps,
+        )
+        self.text_decoder = TextDecoder(config)
+        self.robot_selector = RobotSelector(config)
+        self.num_image_tokens: int = self.image_encoder.num_tokens
+        self._robot_names: tuple[str, ...] = ()
+        self._robot_tokens: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._encoded_robots_RC: torch.Tensor | None = None
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        images: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | AttentionMask | None = None,
+        return_robot_selection: bool = False,
+        attention_cache: StaticCache | None = None,
+        return_analysis_data: bool = False,
+    ) -> BitGenOutput:
+        """Next-token logits and, where asked for, robot logits and analysis data.
+
+        Args:
+            input_ids: int64 `[B, L]`.
+            images: float `[B, 3, H, W]`, normalised; their P tokens stand before the text.
+            attention_mask: `[B, L]` or `[B, 1, L]` (1 = token), a 4-D mask over text or over image
+                and text, or an `AttentionMask` over all S positions; None = all are tokens.
+            return_robot_selection: score the robots of `set_robots`.
+            attention_cache: from `new_cache`; later calls then give new tokens only.
+            return_analysis_data: return attention weights and pooled states.
+
+        Raises:
+            ValueError: shapes that do not fit, longer than `max_positions`, a cache in
+                bidirectional mode, or robots asked for before `set_robots`.
+        """
+        batch, text_length = input_ids.shape
+        x_BSC = self.text_decoder.embed_tokens(input_ids)
+        if images is not None:
+            x_BSC = torch.cat([self.encode_images(images).to(x_BSC.dtype), x_BSC], dim=1)
+        length = x_BSC.shape[1]
+        mask = self._full_mask(attention_mask, batch, text_length, length)
+        past = 0 if attention_cache is None else attention_cache.length
+        if past + length > self.config.max_positions:
+            raise ValueError(
+                f"The sequence has {past + length} positions; this model was made for"
+                f" {self.config.max_positions} (max_positions)."
+            )
+        valid_BS = mask.valid_BK
+        positions_BS = _positions(valid_BS, length, x_BSC.device)
+        if attention_cache is not None:
+            if self.config.attention_mode == "bidirectional":
+                raise ValueError(
+                    "attention_mode is bidirectional: a later token changes every earlier state,"
+                    " so nothing can be cached."
+                )
+            attention_cache.begin_step(valid_BS, batch, length)
+            if past:
+                mask = AttentionMask.causal(past)
+                positions_BS = positions_BS + attention_cache.next_position_B[:, None]
+            if attention_cache.has_padding:
+                held_BK = attention_cache.valid_BK[:, : past + length]
+                mask = mask & AttentionMask.padding(held_BK)
+        hidden_BSC, attentions = self.text_decoder(
+            x_BSC, mask, positions_BS, attention_cache, return_analysis_data
+        )
+        if attention_cache is not None:
+            attention_cache.end_step(length, (positions_BS[:, -1] + 1).expand(batch))
+        hidden_BLC = hidden_BSC[:, length - text_length :]
+        robot_logits = pooled_BC = None
+        if return_robot_selection or return_analysis_data:
+            pooled_BC = _pool(
+                hidden_BLC, None if valid_BS is None else valid_BS[:, length - text_length :]
+            )
+        if return_robot_selection:
+            assert pooled_BC is not None
+            robot_logits = self.robot_selector(pooled_BC, self.encode_robots(), self._robot_names)
+        return BitGenOutput(
+            logits=self.text_decoder.lm_head(hidden_BLC),
+            robot_logits=robot_logits,
+            attention_cache=attention_cache,
+            attentions=attentions if return_analysis_data else None,
+            pooled=pooled_BC if return_analysis_data else None,
+        )
+
+    def encode_images(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        """Image tokens `[B, P, C]` of normalised pictures `[B, 3, H, W]`.
+
+        Raises:
+            ValueError: pictures of another shape than the config's.
+        """
+        size = self.config.image_size
+        if images_B3HW.dim() != 4 or images_B3HW.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"Expected images [B, 3, {size}, {size}], got {tuple(images_B3HW.shape)}."
+            )
+        tokens_BPC: torch.Tensor = self.projector(self.image_encoder(images_B3HW))
+        return tokens_BPC
+
+    def build_attention_mask(
+        self,
+        attention_mask_BL: torch.Tensor,
+        prefix_lengths_B: torch.Tensor | None = None,
+        image_mask_B: torch.Tensor | None = None,
+        has_images: bool = True,
+    ) -> AttentionMask:
+        """The mask over image and text tokens that the config's attention mode asks for.
+
+        Args:
+            attention_mask_BL: bool or 0/1, 1 = token; padding may stand on either side.
+            prefix_lengths_B: text tokens of each row (not counting padding) that belong to the
+                prefix; None = none.
+            image_mask_B: False where a row has no picture: its image tokens are padding.
+            has_images: whether image tokens stand before the text at all.
+        """
+        valid_BS = attention_mask_BL.bool()
+        num_images = self.num_image_tokens if has_images else 0
+        if num_images:
+            batch = valid_BS.shape[0]
+            if image_mask_B is None:
+                image_mask_B = valid_BS.new_ones(batch)
+            images_BP = image_mask_B.bool()[:, None].expand(batch, num_images)
+            valid_BS = torch.cat([images_BP, valid_BS], dim=1)
+        padding = AttentionMask.padding(valid_BS)
+        if self.config.attention_mode == "bidirectional":
+            return padding
+        causal = AttentionMask.causal()
+        if self.config.attention_mode == "causal":
+            return causal & padding
+        if prefix_lengths_B is None:
+            return (AttentionMask.prefix(num_images) if num_images else causal) & padding
+        # Left padding stands between image and prompt: the prefix ends behind the prompt's tokens.
+        left_padding_B = attention_mask_BL.bool().int().argmax(dim=1)
+        return AttentionMask.prefix(num_images + left_padding_B + prefix_lengths_B) & padding
+
+    def set_robots(
+        self,
+        names: Sequence[str],
+        input_ids_RL: torch.Tensor,
+        attention_mask_RL: torch.Tensor,
+    ) -> None:
+        """The catalog to choose from: each robot's name and tokenized text.
+
+        Raises:
+            ValueError: not one row of tokens a name.
+        """
+        if len(names) != input_ids_RL.shape[0] or input_ids_RL.shape != attention_mask_RL.shape:
+            raise ValueError(
+                f"{len(names)} robot names need as many rows of tokens; got"
+                f" {tuple(input_ids_RL.shape)} and mask {tuple(attention_mask_RL.shape)}."
+            )
+        self._robot_names = tuple(names)
+        self._robot_tokens = (input_ids_RL, attention_mask_RL.bool())
+        self._encoded_robots_RC = None
+
+    def encode_robots(self) -> torch.Tensor:
+        """Pooled states `[R, C]` of the catalog's texts; kept between calls without gradient.
+
+        Raises:
+            ValueError: no catalog was set.
+        """
+        if self._robot_tokens is None:
+            raise ValueError("No robots to choose from: call set_robots first.")
+        if self._encoded_robots_RC is not None and not self.training:
+            return self._encoded_robots_RC
+        device = self.text_decoder.embed_tokens.weight.device
+        input_ids_RL, valid_RL = (tensor.to(device) for tensor in self._robot_tokens)
+        hidden_RLC, _ = self.text_decoder(
+            self.text_decoder.embed_tokens(input_ids_RL),
+            AttentionMask.padding(valid_RL),
+            _positions(valid_RL, valid_RL.shape[1], device),
+        )
+        pooled_RC = _pool(hidden_RLC, valid_RL)
+        if not self.training and not torch.is_grad_enabled():
+            self._encoded_robots_RC = pooled_RC
+        return pooled_RC
+
+    def new_cache(self, batch_size: int, max_length: int) -> StaticCache:
+        """An empty cache for `batch_size` rows of up to `max_length` image and text tokens."""
+        embedding = self.text_decoder.embed_tokens.weight
+        return StaticCache(
+            num_layers=self.config.num_layers,
+            batch_size=batch_size,
+            num_kv_heads=self.config.num_kv_heads,
+            max_length=max_length,
+            head_dim=self.config.head_dim,
+            device=embedding.device,
+            dtype=embedding.dtype,
+        )
+
+    def train(self, mode: bool = True) -> BitGenModel:
+        """As `nn.Module.train`; robot states of earlier weights are forgotten."""
+        self._encoded_robots_RC = None
+        super().train(mode)
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module.load_state_dict`; robot states of earlier weights are forgotten."""
+        self._encoded_robots_RC = None
+        return super().load_state_dict(*args, **kwargs)
+
+    def _full_mask(
+        self,
+        attention_mask: torch.Tensor | AttentionMask | None,
+        batch: int,
+        text_length: int,
+        length: int,
+    ) -> AttentionMask:
+        if isinstance(attention_mask, AttentionMask):
+            return attention_mask
+        has_images = length > text_length
+        if attention_mask is None:
+            ones_BL = torch.ones(batch, text_length, dtype=torch.bool)
+            return self.build_attention_mask(ones_BL, has_images=has_images)
+        if attention_mask.dim() == 2 or attention_mask.shape[1:] == (1, text_length):
+            mask_BL = attention_mask.reshape(attention_mask.shape[0], -1)
+            if mask_BL.shape != (batch, text_length):
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}; expected"
+                    f" {(batch, text_length)} for input_ids of that shape."
+                )
+            return self.build_attention_mask(mask_BL, has_images=has_images)
+        mask = AttentionMask.from_tensor(attention_mask)
+        if has_images and attention_mask.shape[-1] == text_length:
+            return AttentionMask.custom(_extend_over_images(mask.custom_masks[0], length))
+        return mask
+
+
+def _extend_over_images(custom: torch.Tensor, length: int) -> torch.Tensor:
+    """A text mask `[B, H, L, L]` as `[B, H, S, S]`: text sees all of the picture."""
+    text_length = custom.shape[-1]
+    num_images = length - text_length
+    allowed, forbidden = (
+        (True, False) if custom.dtype == torch.bool else (0.0, float("-inf"))
+    )  # an additive mask allows by adding nothing
+    extended = custom.new_full((*custom.shape[:2], length, length), allowed)
+    extended[:, :, :num_images, num_images:] = forbidden
+    extended[:, :, num_images:, num_images:] = custom
+    return extended
+
+
+def _positions(valid_BS: torch.Tensor | None, length: int, device: torch.device) -> torch.Tensor:
+    """Rotary positions, int64 `[B or 1, S]`: tokens are counted, padding is not."""
+    if valid_BS is None:
+        return torch.arange(length, device=device)[None]
+    return (valid_BS.to(device).long().cumsum(dim=1) - 1).clamp_(min=0)
+
+
+def _pool(hidden_BLC: torch.Tensor, valid_BL: torch.Tensor | None) -> torch.Tensor:
+    """Mean of `[B, L, C]` over the tokens of each row, float32 `[B, C]`; padding counts nothing."""
+    if valid_BL is None:
+        return hidden_BLC.float().mean(dim=1)
+    weights_BL1 = valid_BL.to(hidden_BLC.device)[..., None].float()
+    return (hidden_BLC.float() * weights_BL1).sum(dim=1) / weights_BL1.sum(dim=1).clamp(min=1)

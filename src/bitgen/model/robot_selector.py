@@ -1,0 +1,41 @@
+"""Scores robots for a task by their texts, so that a robot can be added without training.
+
+pooled task state BC  -> norm -> task_proj  -> q BC --.
+pooled robot state RC -> norm -> robot_proj -> r RC ---+-> q . r / sqrt(C) + bias -> BR
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from bitgen.config import BitGenConfig
+from bitgen.model.norm import RMSNorm
+from bitgen.model.ternary import make_linear
+
+
+class RobotSelector(nn.Module):
+    """One independent logit a robot (multi-label): sigmoid of it is the robot's probability."""
+
+    def __init__(self, config: BitGenConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.task_norm = RMSNorm(width, config.rms_norm_eps)
+        self.robot_norm = RMSNorm(width, config.rms_norm_eps)
+        self.task_proj = make_linear(width, width, config.quantization)
+        self.robot_proj = make_linear(width, width, config.quantization)
+        self.shared_bias = nn.Parameter(torch.zeros(()))
+        self.robot_names = config.robot_names
+        self.robot_bias = nn.Parameter(torch.zeros(len(config.robot_names)))
+
+    def forward(
+        self, task_BC: torch.Tensor, robots_RC: torch.Tensor, names: tuple[str, ...]
+    ) -> torch.Tensor:
+        """Logits `[B, R]`, float32; a robot whose name was seen in training adds its own bias."""
+        queries_BC = self.task_proj(self.task_norm(task_BC)).float()
+        keys_RC = self.robot_proj(self.robot_norm(robots_RC)).float()
+        logits_BR = queries_BC @ keys_RC.T * queries_BC.shape[-1] ** -0.5 + self.shared_bias
+        positions = [self.robot_names.index(n) if n in self.robot_names else -1 for n in names]
+        no_bias = self.robot_bias.new_zeros(1)
+        bias_R = torch.cat([self.robot_bias, no_bias])[positions]
+        return logits_BR + bias_R

@@ -1,0 +1,179 @@
+"""Linear layers with ternary weights: one for training, one for running packed.
+
+    x [..., K] -> int8 a token -> integer product with T [N, K] -> * s / scale -> [..., N]
+
+Both layers compute the same integers and multiply them by the same float32 number, so a packed
+model answers what the trained one answers, bit for bit in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitgen.kernels.matmul import ternary_matmul
+from bitgen.kernels.packing import pack_ternary, packed_width, unpack_ternary
+from bitgen.kernels.quantize import quantize_activation, quantize_weight
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of the autocast region that we are in; None outside of one."""
+    if hasattr(torch, "get_autocast_dtype"):
+        enabled = torch.is_autocast_enabled(device_type)
+        return torch.get_autocast_dtype(device_type) if enabled else None
+    if device_type == "cpu":
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+
+
+class _TernaryLinearFunction(torch.autograd.Function):
+    """Forward in integers; backward takes both roundings as identity (straight-through).
+
+    Several weights that multiply the same input are taken together: the input is quantized once,
+    and one product serves all.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, dtype: torch.dtype, *weights_NK: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        quantized = [quantize_weight(weight_NK) for weight_NK in weights_NK]
+        ternary_NK = torch.cat([ternary for ternary, _ in quantized])
+        scales = [scale for _, scale in quantized]
+        x_quantized, token_scale = quantize_activation(x)
+        x_MK, token_scale_M1 = x_quantized.view(-1, x.shape[-1]), token_scale.view(-1, 1)
+        ctx.save_for_backward(x_MK, token_scale_M1, ternary_NK, *scales)
+        ctx.x_dtype = x.dtype
+        return tuple(
+            (sums_MN * (scale / token_scale_M1)).to(dtype).view(*x.shape[:-1], -1)
+            for sums_MN, scale in zip(
+                ternary_matmul(x_MK, ternary_NK).split([len(w) for w in weights_NK], dim=1),
+                scales,
+                strict=True,
+            )
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_MK, token_scale_M1, ternary_NK, *scales = ctx.saved_tensors
+        widths = [gradient.shape[-1] for gradient in gradients]
+        gradient_MN = torch.cat([g.reshape(-1, g.shape[-1]) for g in gradients], dim=1)
+        dtype = gradient_MN.dtype
+        x_gradient = None
+        with torch.autocast(gradient_MN.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                parts_NK = ternary_NK.to(dtype).split(widths)
+                weight_NK = torch.cat([t * s for t, s in zip(parts_NK, scales, strict=True)])
+                x_gradient = (gradient_MN @ weight_NK.to(dtype)).to(ctx.x_dtype)
+                x_gradient = x_gradient.view(*gradients[0].shape[:-1], -1)
+            if not any(ctx.needs_input_grad[2:]):
+                return x_gradient, None, *[None] * len(scales)
+            weight_gradient = gradient_MN.T @ (x_MK / token_scale_M1).to(dtype)
+        return x_gradient, None, *weight_gradient.float().split(widths)
+
+
+class TernaryLinear(nn.Module):
+    """Linear layer without bias that trains float weights and multiplies by their ternary values.
+
+    `[..., K] -> [..., N]`. The output has the autocast dtype inside an autocast region, and the
+    input's dtype outside of one.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        nn.init.normal_(self.weight, std=1 / math.sqrt(in_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear_group([self], x)[0]
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class PackedTernaryLinear(nn.Module):
+    """The run-time form of `TernaryLinear`: weights packed at 2 bits, no gradient.
+
+    Buffers: `packed` uint8 `[N, ceil(K / 4)]`, `scale` float32 `[]`; both are what an artifact
+    stores. The weights are unpacked to int8 once, at the first call.
+    """
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        packed_shape = (out_features, packed_width(in_features))
+        self.register_buffer("packed", torch.zeros(packed_shape, dtype=torch.uint8))
+        self.register_buffer("scale", torch.ones(()))
+        self._ternary_NK: torch.Tensor | None = None
+
+    @classmethod
+    def from_trained(cls, layer: TernaryLinear) -> PackedTernaryLinear:
+        """Quantize and pack a trained layer's weights."""
+        ternary_NK, scale = quantize_weight(layer.weight.detach())
+        packed_layer = cls(layer.in_features, layer.out_features).to(layer.weight.device)
+        packed_layer.packed.copy_(pack_ternary(ternary_NK))
+        packed_layer.scale.copy_(scale)
+        return packed_layer
+
+    def ternary(self) -> torch.Tensor:
+        """The weights `T`, int8 `[N, K]`."""
+        return unpack_ternary(self.packed, self.in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.multiply(*quantize_activation(x)).to(x.dtype)
+
+    def multiply(self, quantized: torch.Tensor, token_scale: torch.Tensor) -> torch.Tensor:
+        """The product with an input quantized before, int8 `[..., K]` and float32 `[..., 1]`."""
+        if self._ternary_NK is None or self._ternary_NK.device != self.packed.device:
+            self._ternary_NK = self.ternary()
+        sums_MN = ternary_matmul(quantized.view(-1, self.in_features), self._ternary_NK)
+        output_MN = sums_MN.mul_(self.scale / token_scale.view(-1, 1))
+        return output_MN.view(*quantized.shape[:-1], self.out_features)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._ternary_NK = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def linear_group(layers: Sequence[nn.Module], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Each layer's output for the same input `[..., K]`, which is quantized only once."""
+    if all(isinstance(layer, TernaryLinear) for layer in layers):
+        dtype = autocast_dtype(x.device.type) or x.dtype
+        outputs: tuple[torch.Tensor, ...] = _TernaryLinearFunction.apply(
+            x, dtype, *[layer.weight for layer in layers]
+        )
+        return outputs
+    packed = [layer for layer in layers if isinstance(layer, PackedTernaryLinear)]
+    if len(packed) == len(layers):
+        quantized, token_scale = quantize_activation(x)
+        return tuple(layer.multiply(quantized, token_scale).to(x.dtype) for layer in packed)
+    return tuple(layer(x) for layer in layers)
+
+
+def make_linear(in_features: int, out_features: int, quantization: str) -> nn.Module:
+    """A linear layer without bias: `TernaryLinear`, or `nn.Linear` for quantization "none"."""
+    if quantization == "ternary":
+        return TernaryLinear(in_features, out_features)
+    layer = nn.Linear(in_features, out_features, bias=False)
+    nn.init.normal_(layer.weight, std=1 / math.sqrt(in_features))
+    return layer
+
+
+def pack_ternary_layers(model: nn.Module) -> None:
+    """Replace every `TernaryLinear` of `model`, in place, by its `PackedTernaryLinear`."""
+    for name, child in model.named_children():
+        if isinstance(child, TernaryLinear):
+            setattr(model, name, PackedTernaryLinear.from_trained(child))
+        else:
+            pack_ternary_layers(child)

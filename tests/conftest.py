@@ -1,0 +1,86 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def _shared(name: str) -> Path:
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"needs real data in shared/{name} beside the checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def coco_dir() -> Path:
+    """Real COCO photographs and captions, in COCO's layout."""
+    return _shared("coco")
+
+
+@pytest.fixture(scope="session")
+def robots_dir() -> Path:
+    """Real robot-selection tasks."""
+    return _shared("robots")
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """A factory of small runs with random weights: `make_run("name", **config changes)`.
+
+    `steps` names the checkpoints to write, each with weights of its own (seeded by the step); the
+    first one is the best and the last one the last.
+    """
+    import torch
+
+    from bitgen.config import BitGenConfig, TrainingConfig
+    from bitgen.dataset.robots import catalog_to_json, load_catalog
+    from bitgen.dataset.tokenizer import Tokenizer
+    from bitgen.model.bitgen import BitGenModel
+    from bitgen.training.checkpoint import create_run, save_checkpoint
+
+    catalog = load_catalog()
+    words = ["a red ball on the water", "a blue box on the stairs", "a dog runs over the grass"]
+    tokenizer = Tokenizer.train([*words, *words, *(r.text() for r in catalog)], 400)
+
+    def make(name: str = "run", steps: Sequence[int] = (5,), **changes: Any) -> Path:
+        sizes = {
+            "vocab_size": 512, "hidden_size": 32, "num_layers": 2, "num_heads": 2,
+            "num_kv_heads": 1, "head_dim": 16, "intermediate_size": 48, "max_positions": 320,
+            "image_size": 32, "patch_size": 16, "encoder_hidden_size": 32, "encoder_layers": 1,
+            "encoder_heads": 2, "encoder_intermediate_size": 48,
+            "robot_names": tuple(robot.name for robot in catalog[:2]),
+        }  # fmt: skip
+        config = BitGenConfig(**{**sizes, **changes})
+        run_dir = create_run(
+            tmp_path / name,
+            config=config,
+            training=TrainingConfig(num_epochs=3),
+            data={"coco_data": [str(tmp_path / "private" / "coco")], "train_images": 7},
+            tokenizer_json=tokenizer.to_json(),
+            robots_json=catalog_to_json(catalog),
+        )
+        for step in steps:
+            with torch.random.fork_rng():
+                torch.manual_seed(step)
+                model = BitGenModel(config)
+            with torch.no_grad():  # far from uniform, so that what is likeliest is clear
+                model.text_decoder.embed_tokens.weight.mul_(20)
+            save_checkpoint(
+                run_dir,
+                step,
+                model=model.state_dict(),
+                training={},
+                state={"progress": {"epoch": 1, "loss": 2.5, "best_loss": 2.25}},
+                is_best=step == steps[0],
+                keep=9,
+            )
+        return run_dir
+
+    return make

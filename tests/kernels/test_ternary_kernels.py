@@ -1,0 +1,95 @@
+"""Quantizers, packing and the integer product, each against a plain reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitgen.kernels.matmul import ternary_matmul, ternary_matmul_reference
+from bitgen.kernels.packing import pack_ternary, packed_width, unpack_ternary
+from bitgen.kernels.quantize import quantize_activation, quantize_weight
+
+sizes = st.integers(min_value=1, max_value=70)
+
+
+def random_ternary(rows: int, width: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-1, 2, (rows, width), dtype=torch.int8, generator=generator)
+
+
+@given(rows=sizes, width=sizes, seed=st.integers(0, 2**20))
+@settings(deadline=None)
+def test_packing_round_trips(rows: int, width: int, seed: int) -> None:
+    ternary = random_ternary(rows, width, seed)
+    packed = pack_ternary(ternary)
+    assert packed.shape == (rows, packed_width(width))
+    assert torch.equal(unpack_ternary(packed, width), ternary)
+
+
+def test_packing_layout_is_as_documented() -> None:
+    packed = pack_ternary(torch.tensor([[-1, 0, 1, 1, -1]], dtype=torch.int8))
+    assert packed.tolist() == [[0b10_10_01_00, 0b01_01_01_00]]
+
+
+def test_packing_refuses_what_is_not_ternary() -> None:
+    with pytest.raises(ValueError, match="-1, 0 and 1"):
+        pack_ternary(torch.tensor([[2]], dtype=torch.int8))
+    with pytest.raises(ValueError, match=r"\[N, K\]"):
+        pack_ternary(torch.zeros(3, dtype=torch.int8))
+    with pytest.raises(ValueError, match="Expected uint8"):
+        unpack_ternary(torch.zeros(2, 3, dtype=torch.uint8), 20)
+
+
+@given(tokens=st.sampled_from([0, 1, 2, 16, 257]), rows=sizes, width=sizes, seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=60)
+def test_integer_product_is_exact(tokens: int, rows: int, width: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-128, 128, (tokens, width), dtype=torch.int8, generator=generator)
+    ternary = random_ternary(rows, width, seed)
+    product = ternary_matmul(x, ternary)
+    assert product.dtype == torch.float32
+    assert torch.equal(product.long(), ternary_matmul_reference(x, ternary))
+
+
+def test_integer_product_without_int8_support_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitgen.kernels.matmul._int8_matmul_works", lambda: False)
+    x = torch.randint(-128, 128, (5, 300), dtype=torch.int8)
+    ternary = random_ternary(7, 300, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        product = ternary_matmul(x, ternary)
+    assert torch.equal(product.long(), ternary_matmul_reference(x, ternary))
+
+
+def test_weight_quantizer_is_mean_absolute_value() -> None:
+    weight = torch.tensor([[0.5, -0.1, 2.0], [-1.4, 0.0, -0.4]])
+    ternary, scale = quantize_weight(weight)
+    assert scale.item() == pytest.approx(4.4 / 6)
+    assert ternary.tolist() == [[1, 0, 1], [-1, 0, -1]]
+
+
+def test_activation_quantizer_rounds_half_to_even_and_scales_each_token() -> None:
+    x = torch.tensor([[127.0, 2.5, 3.5, -0.5], [-254.0, 1.0, 3.0, 0.0]])
+    quantized, scale = quantize_activation(x)
+    assert quantized.tolist() == [[127, 2, 4, 0], [-127, 0, 2, 0]]
+    assert scale.tolist() == [[1.0], [0.5]]
+
+
+def test_quantizers_keep_zeros_finite() -> None:
+    ternary, weight_scale = quantize_weight(torch.zeros(2, 3))
+    quantized, token_scale = quantize_activation(torch.zeros(2, 3))
+    assert not ternary.any() and not quantized.any()
+    assert weight_scale.isfinite() and token_scale.isfinite().all()
+
+
+def test_quantizers_equal_transformers() -> None:
+    bitnet = pytest.importorskip("transformers.integrations.bitnet")
+    torch.manual_seed(0)
+    weight, x = torch.randn(48, 64), torch.randn(5, 64) * 3
+    layer = bitnet.AutoBitLinear(64, 48, bias=False, online_quant=True)
+    layer.weight.data = weight.clone()
+    ternary, scale = quantize_weight(weight)
+    quantized, token_scale = quantize_activation(x)
+    ours = ternary_matmul(quantized, ternary) * scale / token_scale
+    assert torch.allclose(ours, layer(x), atol=1e-4)

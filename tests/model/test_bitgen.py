@@ -1,0 +1,299 @@
+"""The whole model: padding, modes, cache, analysis data, and an outside reference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional
+
+from bitgen.config import BitGenConfig
+from bitgen.model.bitgen import BitGenModel
+from bitgen.model.ternary import pack_ternary_layers
+
+ROBOTS = ("Drone", "Humanoid")
+TINY = BitGenConfig(
+    vocab_size=50, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+    intermediate_size=48, max_positions=64, image_size=32, encoder_hidden_size=32,
+    encoder_layers=1, encoder_heads=4, encoder_intermediate_size=48, robot_names=ROBOTS,
+    quantization="none",
+)  # fmt: skip
+
+
+def make_model(**changes: object) -> BitGenModel:
+    torch.manual_seed(0)
+    model = BitGenModel(replace(TINY, **changes)).eval()
+    robots = torch.tensor([[4, 20, 21, 22], [4, 23, 0, 0], [4, 30, 31, 0]])
+    model.set_robots([*ROBOTS, "Newcomer"], robots, robots != 0)
+    return model
+
+
+def random_input(batch: int = 3, length: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 50, (batch, length), generator=generator)
+    return ids, torch.randn(batch, 3, 32, 32, generator=generator)
+
+
+def test_output_holds_what_was_asked_for_and_nothing_else() -> None:
+    model = make_model()
+    ids, images = random_input()
+    output = model(ids, images)
+    assert output.logits.shape == (3, 7, 50)
+    assert (output.robot_logits, output.attentions, output.pooled) == (None, None, None)
+    output = model(ids, images, return_robot_selection=True, return_analysis_data=True)
+    assert output.robot_logits.shape == (3, 3)
+    assert output.pooled.shape == (3, 32)
+    positions = model.num_image_tokens + 7
+    assert [a.shape for a in output.attentions] == [(3, 4, positions, positions)] * 2
+    text_only = model(ids, return_analysis_data=True)
+    assert text_only.attentions[0].shape == (3, 4, 7, 7)
+
+
+@pytest.mark.parametrize("quantization", ["none", "ternary"])
+def test_fused_attention_equals_the_path_that_returns_weights(quantization: str) -> None:
+    model = make_model(quantization=quantization)
+    ids, images = random_input()
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [0] * 2 + [1] * 5])
+    fused = model(ids, images, mask).logits
+    weights = model(ids, images, mask, return_analysis_data=True)
+    tolerance = 1e-5 if quantization == "none" else 0.1  # a rounding tie moves one int8 step
+    assert (fused - weights.logits).abs().max() < tolerance
+    sums = weights.attentions[0].sum(dim=-1)
+    valid = torch.cat([torch.ones(3, model.num_image_tokens), mask], dim=1)[:, None]
+    torch.testing.assert_close(sums, valid.expand_as(sums))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_of_either_side_changes_no_answer(side: str) -> None:
+    model = make_model()
+    ids, images = random_input(batch=1)
+    alone = model(ids, images, return_robot_selection=True)
+    for filler in (0, 17):
+        padding = torch.full((1, 4), filler)
+        padded = torch.cat([padding, ids] if side == "left" else [ids, padding], dim=1)
+        mask = torch.cat([torch.zeros(1, 4), torch.ones(1, 7)], dim=1)
+        mask = mask if side == "left" else mask.flip(1)
+        output = model(padded, images, mask, return_robot_selection=True)
+        kept = output.logits[:, 4:] if side == "left" else output.logits[:, :7]
+        torch.testing.assert_close(kept, alone.logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(output.robot_logits, alone.robot_logits, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_tokens_and_blank_pictures_change_nothing_bit_for_bit() -> None:
+    model = make_model(quantization="ternary")
+    ids, images = random_input()
+    valid = torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [1] * 3 + [0] * 4])
+    has_picture = torch.tensor([True, True, False])
+    mask = model.build_attention_mask(valid, image_mask_B=has_picture)
+    first = model(ids, images, mask, return_robot_selection=True)
+    other_ids = torch.where(valid.bool(), ids, (ids + 11) % 50)
+    other_images = images.clone()
+    other_images[2] = 123.0
+    second = model(other_ids, other_images, mask, return_robot_selection=True)
+    assert torch.equal(first.logits[valid.bool()], second.logits[valid.bool()])
+    assert torch.equal(first.robot_logits, second.robot_logits)
+
+
+def test_a_row_without_picture_answers_as_text_alone() -> None:
+    model = make_model()
+    ids, images = random_input()
+    mask = model.build_attention_mask(torch.ones_like(ids), image_mask_B=torch.zeros(3))
+    blank = model(ids, images, mask).logits
+    torch.testing.assert_close(blank, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def reach(model: BitGenModel, mask: object = None) -> torch.Tensor:
+    """[L, L]: whether changing text token j changes the logits at text position i."""
+    ids, images = random_input(batch=1)
+    before = model(ids, images, mask).logits[0]
+    rows = []
+    for position in range(ids.shape[1]):
+        changed = ids.clone()
+        changed[0, position] = 5 + (changed[0, position] - 4) % 45
+        rows.append((model(changed, images, mask).logits[0] - before).abs().amax(dim=-1) > 1e-7)
+    return torch.stack(rows, dim=1)
+
+
+def test_causal_and_bidirectional_modes_are_what_they_say() -> None:
+    lower = torch.ones(7, 7).tril().bool()
+    assert torch.equal(reach(make_model(attention_mode="causal")), lower)
+    assert torch.equal(reach(make_model(attention_mode="prefix")), lower)
+    assert reach(make_model(attention_mode="bidirectional")).all()
+
+
+def test_prompt_is_seen_both_ways_and_the_caption_is_causal() -> None:
+    model = make_model()
+    mask = model.build_attention_mask(torch.ones(1, 7), torch.tensor([3]))
+    expected = torch.ones(7, 7).tril().bool()
+    expected[:3, :3] = True
+    # The prompt reaches image tokens too, but no caption position before the one it stands at.
+    assert torch.equal(reach(model, mask), expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+@pytest.mark.parametrize("left_padding", [False, True])
+def test_cached_steps_equal_the_whole_forward(chunk: int, left_padding: bool) -> None:
+    model = make_model()
+    ids, images = random_input(length=9)
+    valid = torch.ones(3, 9, dtype=torch.long)
+    if left_padding:
+        valid[1, :2] = 0
+    prompts = valid[:, :3].sum(dim=1)
+    whole = model(ids, images, model.build_attention_mask(valid, prompts)).logits
+    cache = model.new_cache(3, model.num_image_tokens + 9)
+    mask = model.build_attention_mask(valid[:, :3], prompts)
+    steps = [model(ids[:, :3], images, mask, attention_cache=cache).logits]
+    for start in range(3, 9, chunk):
+        step_ids = ids[:, start : start + chunk]
+        steps.append(model(step_ids, attention_cache=cache).logits)
+    difference = (torch.cat(steps, dim=1) - whole).abs()
+    assert difference[valid.bool()].max() < 1e-5
+    assert cache.length == cache.max_length
+    with pytest.raises(ValueError, match="Allocate a longer one"):
+        model(ids[:, :1], attention_cache=cache)
+
+
+def test_reordered_cache_continues_the_chosen_rows() -> None:
+    model = make_model()
+    ids, images = random_input()
+    rows = torch.tensor([2, 2, 0])
+    cache = model.new_cache(3, model.num_image_tokens + 7)
+    model(ids[:, :4], images, attention_cache=cache)
+    cache.reorder(rows)
+    step = model(ids[rows, 4:], attention_cache=cache).logits
+    whole = model(ids[rows], images[rows]).logits[:, 4:]
+    torch.testing.assert_close(step, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_bidirectional_mode_refuses_a_cache() -> None:
+    model = make_model(attention_mode="bidirectional")
+    ids, images = random_input()
+    with pytest.raises(ValueError, match="bidirectional"):
+        model(ids, images, attention_cache=model.new_cache(3, 30))
+
+
+def test_wrong_shapes_are_refused_with_both_shapes() -> None:
+    model = make_model()
+    ids, images = random_input()
+    with pytest.raises(ValueError, match=r"\[B, 3, 32, 32\].*\(3, 3, 16, 16\)"):
+        model(ids, images[..., :16, :16])
+    with pytest.raises(ValueError, match=r"\(3, 5\).*\(3, 7\)"):
+        model(ids, images, torch.ones(3, 5))
+    with pytest.raises(ValueError, match="max_positions"):
+        model(ids.repeat(1, 20), images)
+    fresh = BitGenModel(TINY)
+    with pytest.raises(ValueError, match="set_robots"):
+        fresh(ids, images, return_robot_selection=True)
+
+
+def test_four_dimensional_text_mask_is_extended_over_the_picture() -> None:
+    model = make_model(attention_mode="causal")
+    ids, images = random_input()
+    causal = torch.ones(1, 1, 7, 7).tril().bool()
+    by_tensor = model(ids, images, causal).logits
+    additive = torch.zeros(1, 1, 7, 7).masked_fill(~causal, float("-inf"))
+    torch.testing.assert_close(by_tensor, model(ids, images, additive).logits)
+    by_mode = make_model(attention_mode="prefix")(ids, images).logits
+    torch.testing.assert_close(by_tensor, by_mode, atol=1e-5, rtol=1e-5)
+
+
+def test_a_robot_can_be_added_and_keeps_the_others_scores() -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.robot_selector.robot_bias.copy_(torch.tensor([1.0, -2.0]))
+        ids, images = random_input()
+        three = model(ids, images, return_robot_selection=True).robot_logits
+        robots = torch.tensor([[4, 23, 0, 0], [4, 20, 21, 22]])
+        model.set_robots(["Humanoid", "Drone"], robots, robots != 0)
+        two = model(ids, images, return_robot_selection=True).robot_logits
+    torch.testing.assert_close(two, three[:, [1, 0]], atol=1e-5, rtol=1e-5)
+
+
+def test_robot_states_are_not_kept_across_new_weights() -> None:
+    model = make_model()
+    ids, images = random_input()
+    with torch.no_grad():
+        before = model(ids, images, return_robot_selection=True).robot_logits
+        model.train()
+        model.text_decoder.embed_tokens.weight.mul_(-1)
+        model.eval()
+        after = model(ids, images, return_robot_selection=True).robot_logits
+        state = model.state_dict()
+        fresh = make_model()
+        fresh(ids, images, return_robot_selection=True)
+        fresh.load_state_dict(state)
+        loaded = fresh(ids, images, return_robot_selection=True).robot_logits
+    assert not torch.allclose(before, after)
+    assert torch.equal(loaded, after)
+
+
+@pytest.mark.parametrize("size", ["nano", "tiny"])
+def test_an_untrained_model_knows_nothing(size: str) -> None:
+    torch.manual_seed(0)
+    config = BitGenConfig.preset(size)
+    model = BitGenModel(config).eval()
+    ids = torch.randint(5, config.vocab_size, (4, 12))
+    images = torch.randn(4, 3, config.image_size, config.image_size)
+    with torch.no_grad():
+        logits = model(ids, images).logits
+    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert loss.item() == pytest.approx(math.log(config.vocab_size), rel=0.05)
+
+
+def test_packed_model_equals_the_trained_one_bit_for_bit() -> None:
+    model = make_model(quantization="ternary")
+    ids, images = random_input()
+    with torch.no_grad():
+        trained = model(ids, images, return_robot_selection=True)
+        pack_ternary_layers(model)
+        packed = model(ids, images, return_robot_selection=True)
+    assert torch.equal(trained.logits, packed.logits)
+    assert torch.equal(trained.robot_logits, packed.robot_logits)
+
+
+def test_every_weight_gets_a_gradient_from_caption_and_robot_losses() -> None:
+    model = make_model(quantization="ternary").train()
+    ids, images = random_input()
+    output = model(ids, images, return_robot_selection=True)
+    (output.logits.square().mean() + output.robot_logits.square().mean()).backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+def test_decoder_gives_the_logits_of_transformers_bitnet(num_kv_heads: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    reference = transformers.BitNetForCausalLM(
+        transformers.BitNetConfig(
+            vocab_size=50,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=num_kv_heads,
+            head_dim=8,
+            rms_norm_eps=1e-5,
+            rope_theta=10000.0,
+            tie_word_embeddings=True,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )  # fmt: skip
+    ).eval()
+    model = make_model(attention_mode="causal", num_kv_heads=num_kv_heads)
+    state = {
+        name.removeprefix("model."): tensor
+        for name, tensor in reference.state_dict().items()
+        if name.startswith("model.")
+    }
+    model.text_decoder.load_state_dict(state)
+    ids, _ = random_input()
+    for mask in (torch.ones(3, 7), torch.tensor([[1.0] * 7, [0.0] * 2 + [1.0] * 5, [1.0] * 7])):
+        with torch.no_grad():
+            ours = model(ids, attention_mask=mask).logits
+            theirs = reference(ids, attention_mask=mask.long()).logits
+        assert (ours - theirs).abs()[mask.bool()].max() < 1e-4
