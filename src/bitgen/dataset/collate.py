@@ -1,0 +1,113 @@
+"""Samples to batches: right padding, labels aligned with the input and never shifted here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_LENGTH_STEP = 8
+"""Rows are padded to a multiple of this: kernels are prepared once a shape, so few shapes serve."""
+IGNORED_LABEL = -100
+"""Label of positions without loss: padding, prompt; image positions have no label at all."""
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids padded on the right, int64 `[B, L]`, and which are tokens, bool `[B, L]`."""
+    longest = max(len(row) for row in rows)
+    input_ids_BL = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])
+    lengths_B1 = torch.tensor([[len(row)] for row in rows])
+    return input_ids_BL, torch.arange(longest) < lengths_B1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of a batch.
+
+    Attributes:
+        input_ids: token ids.
+        num_prefix: how many of them form the prefix, without loss; the rest are the caption.
+        image: uint8 `[3, S, S]`, or None.
+        robot_labels: 0/1 a robot of the catalog, or None if the sample is no robot task.
+    """
+
+    input_ids: list[int]
+    num_prefix: int
+    image: torch.Tensor | None
+    robot_labels: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of L text tokens.
+
+    Attributes:
+        input_ids: int64 `[B, L]`.
+        attention_mask: bool `[B, L]`, True = token.
+        labels: int64 `[B, L]`, aligned with `input_ids`; -100 = no loss.
+        prefix_lengths: int64 `[B]`, text tokens in each row's prefix.
+        images: uint8 `[B, 3, H, W]`, or None if no row has a picture.
+        image_mask: bool `[B]`, False = the row has no picture (zeros stand in its place).
+        robot_labels: float32 `[B, R]`, NaN = no label.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    prefix_lengths: torch.Tensor
+    images: torch.Tensor | None
+    image_mask: torch.Tensor
+    robot_labels: torch.Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory (called by DataLoader)."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        tensors: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        moved = {name: function(value) for name, value in tensors.items() if value is not None}
+        return dataclasses.replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Callable for DataLoader: pads rows on the right and stacks them."""
+
+    pad_id: int
+    num_robots: int
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        """One batch of the samples, in their order."""
+        batch, longest = len(samples), max(len(sample.input_ids) for sample in samples)
+        length = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
+        input_ids = torch.full((batch, length), self.pad_id)
+        labels = torch.full((batch, length), IGNORED_LABEL)
+        robot_labels = torch.full((batch, self.num_robots), float("nan"))
+        for row, sample in enumerate(samples):
+            end = len(sample.input_ids)
+            input_ids[row, :end] = torch.tensor(sample.input_ids)
+            labels[row, sample.num_prefix : end] = input_ids[row, sample.num_prefix : end]
+            if sample.robot_labels is not None:
+                robot_labels[row] = torch.tensor(sample.robot_labels)
+        lengths_B = torch.tensor([len(sample.input_ids) for sample in samples])
+        pictures = [sample.image for sample in samples if sample.image is not None]
+        images = None
+        if pictures:
+            blank = torch.zeros_like(pictures[0])
+            images = torch.stack([blank if s.image is None else s.image for s in samples])
+        return Batch(
+            input_ids=input_ids,
+            attention_mask=torch.arange(length) < lengths_B[:, None],
+            labels=labels,
+            prefix_lengths=torch.tensor([sample.num_prefix for sample in samples]),
+            images=images,
+            image_mask=torch.tensor([sample.image is not None for sample in samples]),
+            robot_labels=robot_labels,
+        )

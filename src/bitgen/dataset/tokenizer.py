@@ -1,0 +1,122 @@
+"""Byte-level BPE over captions, tasks and robot texts; any text round-trips.
+
+caption:    <|bos|> words <|eos|>        task: <|task|> words        robot: <|robot|> words
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer as HuggingFaceTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from bitgen.errors import InputError
+
+SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|task|>", "<|robot|>")
+
+
+class Tokenizer:
+    """A Hugging Face `tokenizers` tokenizer with BitGen's special tokens.
+
+    Attributes:
+        pad_id, bos_id, eos_id, task_id, robot_id: ids of the special tokens.
+        vocab_size: number of entries; a model's embedding may have more rows.
+    """
+
+    def __init__(self, backend: HuggingFaceTokenizer) -> None:
+        ids = [backend.token_to_id(token) for token in SPECIAL_TOKENS]
+        if None in ids:
+            missing = [token for token, i in zip(SPECIAL_TOKENS, ids, strict=True) if i is None]
+            raise InputError(
+                f"The tokenizer lacks the special tokens {', '.join(missing)}.",
+                remedy="Add them to it, or let `bitgen train` make a tokenizer.",
+            )
+        found = [i for i in ids if i is not None]
+        self.pad_id, self.bos_id, self.eos_id, self.task_id, self.robot_id = found
+        self.special_ids = frozenset(found)
+        self.vocab_size = backend.get_vocab_size()
+        self._backend = backend
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Learn merges from texts until `vocab_size` entries, or until nothing repeats.
+
+        Raises:
+            InputError: a vocabulary that cannot hold all bytes and the special tokens.
+        """
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        if vocab_size < len(alphabet) + len(SPECIAL_TOKENS):
+            raise InputError(
+                f"A byte-level vocabulary needs at least {len(alphabet) + len(SPECIAL_TOKENS)}"
+                f" entries, got {vocab_size}."
+            )
+        backend = HuggingFaceTokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=sorted(alphabet),
+            show_progress=False,
+        )
+        backend.train_from_iterator((_normalise(text) for text in texts), trainer)
+        return cls(backend)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Tokenizer:
+        """Read a `tokenizer.json`. Raises InputError if it is missing or none."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"The tokenizer {path} cannot be read: {error}.") from error
+        return cls.from_json(text, source=str(path))
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "tokenizer.json") -> Tokenizer:
+        """Build from the text of a `tokenizer.json`. Raises InputError if it is none."""
+        try:
+            backend = HuggingFaceTokenizer.from_str(text)
+        except Exception as error:  # the library raises plain Exception
+            raise InputError(f"{source} is not a Hugging Face tokenizer: {error}.") from error
+        return cls(backend)
+
+    def to_json(self) -> str:
+        """The text of `tokenizer.json`, which transformers' PreTrainedTokenizerFast opens."""
+        return self._backend.to_str(pretty=False)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the words alone. Text that spells a special token is not turned into one."""
+        ids: list[int] = []
+        normalised = _normalise(text)
+        for piece in _split_off_special_tokens(normalised):
+            ids += self._backend.encode(piece, add_special_tokens=False).ids
+        return ids
+
+    def encode_task(self, text: str) -> list[int]:
+        """`<|task|>` and the words of a robot task."""
+        return [self.task_id, *self.encode(text)]
+
+    def encode_robot(self, text: str) -> list[int]:
+        """`<|robot|>` and the words of a robot's text."""
+        return [self.robot_id, *self.encode(text)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special tokens are left out."""
+        return self._backend.decode(list(ids), skip_special_tokens=True).strip()
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """Each id's own text, spaces kept."""
+        return [self._backend.decode([i], skip_special_tokens=False) for i in ids]
+
+
+def _normalise(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _split_off_special_tokens(text: str) -> list[str]:
+    """Cut inside every spelled-out special token, so that user text can never produce one."""
+    for token in SPECIAL_TOKENS:
+        text = text.replace(token, f"{token[0]}\0{token[1:]}")
+    return [piece for piece in text.split("\0") if piece]
