@@ -1,0 +1,29 @@
+"""Keeps glibc from giving large buffers back to the kernel between training steps.
+
+By default every activation of some MiB is mapped afresh and faulted in page by page, each step
+anew. With higher thresholds the buffers stay in the heap: a training step of `nano` on a CPU takes
+about a quarter less time (`benchmarks/training_step.py` shows it).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+_LARGEST_MMAP_THRESHOLD = 32 << 20  # what glibc accepts on 64-bit machines
+_NEVER_TRIM = (1 << 31) - 1
+_TOP_PAD = 64 << 20
+
+
+def keep_freed_memory() -> bool:
+    """Raise glibc's thresholds for this process; False where there is no glibc to ask."""
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    accepted = mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD) == 1
+    accepted &= mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM) == 1
+    accepted &= mallopt(_M_TOP_PAD, _TOP_PAD) == 1
+    return bool(accepted)

@@ -1,0 +1,111 @@
+"""The two losses of training, each as a sum and the count to divide it by.
+
+Sums, not means: the trainer adds them over all micro-batches of one update and divides once, so
+that accumulation and padding never change what a token weighs.
+
+    B batch   L text length   V vocabulary   R robots
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from bitgen.dataset.robots import RobotTask
+
+IGNORE_INDEX = -100
+
+
+def caption_targets(labels_BL: torch.Tensor) -> torch.Tensor:
+    """What each position has to predict, [B, L - 1]: the labels shifted by one.
+
+    This is the only place where labels are shifted; `labels_BL` is aligned with the input tokens.
+    """
+    return labels_BL[:, 1:]
+
+
+def count_caption_targets(labels_BL: torch.Tensor) -> int:
+    """Number of positions that `caption_loss` sums over."""
+    return int((caption_targets(labels_BL) != IGNORE_INDEX).sum())
+
+
+def count_robot_labels(robot_labels_BR: torch.Tensor) -> int:
+    """Number of entries that `robot_loss` sums over."""
+    return int((~robot_labels_BR.isnan()).sum())
+
+
+def caption_loss(
+    logits_BLV: torch.Tensor, labels_BL: torch.Tensor, label_smoothing: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of the next token, in nats: (sum over valid positions, their count).
+
+    Args:
+        logits_BLV: scores of the text positions, any float dtype; summed in float32.
+        labels_BL: int64, aligned with the input tokens, -100 where no loss is wanted.
+        label_smoothing: share of the target spread over the vocabulary.
+
+    Returns:
+        float32 scalar sum (0 with gradient where no position is valid) and int64 scalar count.
+    """
+    targets = caption_targets(labels_BL).flatten()
+    valid = targets != IGNORE_INDEX
+    # Only rows with a label become float32: padding and prompts cost no memory here.
+    logits = logits_BLV[:, :-1].flatten(0, 1)[valid].float()
+    loss = functional.cross_entropy(
+        logits, targets[valid], reduction="sum", label_smoothing=label_smoothing
+    )
+    return loss, valid.sum()
+
+
+def robot_loss(
+    robot_logits_BR: torch.Tensor,
+    robot_labels_BR: torch.Tensor,
+    positive_weight_R: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Binary cross-entropy of each robot by itself, in nats: (sum, count of labels).
+
+    Args:
+        robot_logits_BR: scores before the sigmoid, any float dtype; summed in float32.
+        robot_labels_BR: 1 suits, 0 does not, NaN has no label and no loss.
+        positive_weight_R: weight of the labels that are 1, against rare robots being ignored.
+    """
+    labelled = ~robot_labels_BR.isnan()
+    weight = None
+    if positive_weight_R is not None:
+        weight = positive_weight_R.float().expand_as(robot_labels_BR)[labelled]
+    loss = functional.binary_cross_entropy_with_logits(
+        robot_logits_BR[labelled].float(),
+        robot_labels_BR[labelled].float(),
+        pos_weight=weight,
+        reduction="sum",
+    )
+    return loss, labelled.sum()
+
+
+def count_exact_matches(
+    robot_logits_BR: torch.Tensor, robot_labels_BR: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows whose robots are all judged right at probability 0.5, rows with a label)."""
+    labelled = ~robot_labels_BR.isnan()
+    right = ((robot_logits_BR > 0) == (robot_labels_BR > 0.5)) | ~labelled
+    rows = labelled.any(dim=1)
+    return (right.all(dim=1) & rows).sum(), rows.sum()
+
+
+def robot_positive_weight(
+    tasks: Sequence[RobotTask], names: Sequence[str], cap: float = 10.0
+) -> torch.Tensor:
+    """Tasks without a robot over tasks with it, float32 [R], held in [1 / cap, cap].
+
+    A robot that no task names gets 1.
+    """
+    weights = []
+    for name in names:
+        positive = sum(name in task.robots for task in tasks)
+        ratio = (len(tasks) - positive) / positive if positive else 1.0
+        weights.append(min(cap, max(1.0 / cap, ratio)))
+    return torch.tensor(weights, dtype=torch.float32)

@@ -1,0 +1,105 @@
+"""AdamW with weight decay where it belongs, and its state as named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from bitgen.errors import ModelFileError
+
+_BETAS = (0.9, 0.95)
+_PREFIX = "optimizer."
+
+
+def decayed_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable weights that decay, by name: matrices and convolutions, nothing else.
+
+    Biases, norm gains, embeddings, learned positions and learned tokens do not decay.
+    """
+    embeddings = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        for parameter in module.parameters(recurse=False)
+    }
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        and parameter.ndim >= 2
+        and name.endswith("weight")
+        and id(parameter) not in embeddings
+    }
+
+
+def make_optimizer(
+    model: nn.Module, learning_rate: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters, in one fused kernel where torch has it.
+
+    Betas (0.9, 0.95) are those of the BitNet b1.58 recipe (arXiv 2402.17764, training tips).
+    """
+    decayed = decayed_parameters(model)
+    others = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and name not in decayed
+    ]
+    groups = [
+        {"params": list(decayed.values()), "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    try:
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=_BETAS, fused=True)
+    except RuntimeError:  # this torch has no fused AdamW for this device
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=_BETAS)
+
+
+def _ordered_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """Parameter names in the order in which the optimizer numbers them."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, model: nn.Module
+) -> dict[str, torch.Tensor]:
+    """The optimizer's state as `optimizer.PARAMETER:SLOT` tensors, for safetensors."""
+    names = _ordered_names(optimizer, model)
+    return {
+        f"{_PREFIX}{names[index]}:{slot}": value
+        for index, slots in optimizer.state_dict()["state"].items()
+        for slot, value in slots.items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` gave.
+
+    Raises ModelFileError where the state belongs to other parameters or shapes.
+    """
+    names = _ordered_names(optimizer, model)
+    parameters = dict(model.named_parameters())
+    index_of = {name: index for index, name in enumerate(names)}
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        if not key.startswith(_PREFIX):
+            continue
+        name, _, slot = key[len(_PREFIX) :].rpartition(":")
+        if name not in index_of:
+            raise ModelFileError(
+                f"The optimizer state holds {name!r}, which this model does not train.",
+                remedy="Resume with the settings that the run was started with.",
+            )
+        if value.ndim and value.shape != parameters[name].shape:
+            raise ModelFileError(
+                f"The optimizer state of {name!r} has shape {list(value.shape)}; the weight has"
+                f" {list(parameters[name].shape)}."
+            )
+        state.setdefault(index_of[name], {})[slot] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
