@@ -1,0 +1,165 @@
+"""From files to a model that answers: what export, inference and `bitgen info` share.
+
+    run folder -> config, tensors -> model (float weights) -> packed model
+    artifact   -> config, tensors -------------------------> packed model
+
+Models are built without storage and then given their tensors: no weight is initialised only to be
+overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from bitgen.config import BitGenConfig
+from bitgen.dataset.robots import Robot, catalog_from_json
+from bitgen.dataset.tokenizer import Tokenizer
+from bitgen.errors import BitGenError, ModelFileError
+from bitgen.model.bitgen import BitGenModel
+from bitgen.model.ternary import PackedTernaryLinear, TernaryLinear, pack_ternary_layers
+from bitgen.training.checkpoint import RunFiles, open_run, read_tensors
+
+
+class LoadedModel(NamedTuple):
+    """A model on the CPU in evaluation mode, with what it needs to answer."""
+
+    model: BitGenModel
+    tokenizer: Tokenizer
+    catalog: list[Robot]
+    info: dict[str, Any]
+    """Where it comes from: run, step, losses, data, training options (JSON values)."""
+
+
+def load_run(path: Path | str, packed: bool = True) -> LoadedModel:
+    """Load a run by its folder (its best checkpoint, else its last) or by a checkpoint's folder.
+
+    Args:
+        path: the folder.
+        packed: convert ternary layers to their run-time form; False keeps the layers of training.
+
+    Raises:
+        ModelFileError: missing, damaged, without a checkpoint yet, or of a newer format.
+    """
+    run = open_run(path)
+    tensors = read_tensors(run.model_path)
+    model = empty_model(run.config, packed=False)
+    assign_tensors(model, tensors, run.model_path)
+    if packed:
+        pack_ternary_layers(model)
+    tokenizer = read_tokenizer(run.tokenizer_json, run.config, run.run_dir)
+    return LoadedModel(
+        model.eval(), tokenizer, read_catalog(run.robots_json, run.run_dir), describe_run(run)
+    )
+
+
+def empty_model(config: BitGenConfig, packed: bool) -> BitGenModel:
+    """The model of `config`, every tensor of which is to be assigned: with `vit`, without storage.
+
+    Args:
+        config: the architecture.
+        packed: whether ternary layers take packed weights.
+    """
+    # Some backbones of torchvision read their own weights while they are made.
+    with torch.device("meta" if config.image_encoder == "vit" else "cpu"):
+        model = BitGenModel(config)
+        if packed:
+            _make_packed_layers(model)
+    return model
+
+
+def _make_packed_layers(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, TernaryLinear):
+            setattr(module, name, PackedTernaryLinear(child.in_features, child.out_features))
+        else:
+            _make_packed_layers(child)
+
+
+def assign_tensors(
+    model: BitGenModel, tensors: Mapping[str, torch.Tensor], source: Path | str
+) -> None:
+    """Make copies of `tensors` the model's own.
+
+    Raises:
+        ModelFileError: a name is missing or unknown, or a shape or dtype is not the model's.
+    """
+    expected = model.state_dict()
+    problems = [f"{name} is missing" for name in expected if name not in tensors]
+    problems += [f"{name} is unknown" for name in tensors if name not in expected]
+    for name, tensor in tensors.items():
+        if name in expected and _kind(tensor) != _kind(expected[name]):
+            problems.append(f"{name} is {_kind(tensor)}, expected {_kind(expected[name])}")
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ModelFileError(
+            f"{source}: the tensors do not fit the config ({'; '.join(problems[:3])}{more}).",
+            remedy="Config and weights come from different models, or the file was changed.",
+        )
+    # A file's tensors begin at any address, and kernels sum in another order where that is not the
+    # usual alignment: only copies make a run and its artifact compute the same bits.
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    model.load_state_dict(copies, assign=True)
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def read_tokenizer(text: str, config: BitGenConfig, source: Path | str) -> Tokenizer:
+    """The tokenizer that `text` holds. Raises ModelFileError if it does not fit the config."""
+    try:
+        tokenizer = Tokenizer.from_json(text)
+    except (BitGenError, ValueError) as error:
+        raise ModelFileError(f"{source} holds a tokenizer that cannot be read: {error}") from error
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ModelFileError(
+            f"{source}: the tokenizer has {tokenizer.vocab_size} entries, but the model only"
+            f" {config.vocab_size}.",
+            remedy="Tokenizer and weights come from different models.",
+        )
+    return tokenizer
+
+
+def read_catalog(text: str, source: Path | str) -> list[Robot]:
+    """The robot catalog that `text` holds. Raises ModelFileError if it cannot be read."""
+    try:
+        return catalog_from_json(text)
+    except (BitGenError, ValueError) as error:
+        raise ModelFileError(
+            f"{source} holds a robot catalog that cannot be read: {error}"
+        ) from error
+
+
+def describe_run(run: RunFiles) -> dict[str, Any]:
+    """What is worth knowing about a trained model wherever it goes, as JSON values.
+
+    Folders of the machine that trained it are left out: of a path only its last part stays.
+    """
+    progress = run.state.get("progress") or {}
+    return {
+        "run": run.run_dir.resolve().name,
+        "step": run.step,
+        "epoch": progress.get("epoch"),
+        "tokens": progress.get("tokens"),
+        "images": progress.get("images"),
+        "training_seconds": progress.get("seconds"),
+        "training_loss": progress.get("loss"),
+        "best_validation_loss": progress.get("best_loss"),
+        "data": _without_folders(run.data),
+        "training": _without_folders(run.training.to_dict()),
+    }
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_folders(item) for item in value]
+    if isinstance(value, str) and Path(value).is_absolute():
+        return Path(value).name
+    return value

@@ -1,0 +1,417 @@
+"""Text generation with a cache: greedy, sampling, and beam search.
+
+    images, prompts --one call--> cache and logits --choose--> token --.
+                                           ^--------one call a token---'
+
+Prompts of different length are padded on the left, so that all rows of a batch grow at the same
+column. What a row answers depends on its own picture, prompt and random numbers, not on the rows
+beside it (up to the last bits of float sums, which some kernels order by the batch's shape).
+
+Shapes: B rows, K beams, N rows of the cache in beam search (B times K), V vocabulary, T tokens
+that may be generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bitgen.errors import InputError
+from bitgen.model.bitgen import BitGenModel
+from bitgen.model.cache import StaticCache
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one row generated."""
+
+    tokens: list[int]
+    """Token ids, without prompt and without end-of-text token."""
+    log_probability: float
+    """Sum of the natural log-probabilities that the model gives to the tokens and the end of text,
+    over its whole vocabulary and at temperature 1, whatever was used to choose them."""
+    finished: bool
+    """Whether the end of text was generated; False where `max_tokens` cut the row off."""
+
+
+@torch.inference_mode()
+def generate(
+    model: BitGenModel,
+    images: torch.Tensor | None,
+    prompt_ids: Sequence[Sequence[int]],
+    eos_id: int,
+    max_tokens: int,
+    beam_size: int = 1,
+    length_penalty: float = 1.0,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generators: Sequence[torch.Generator] | None = None,
+    never_ids: Sequence[int] = (),
+    vocab_size: int | None = None,
+) -> list[Generation]:
+    """Continue each prompt until the end of text or `max_tokens`.
+
+    Greedy by default; sampling with `temperature` above 0; beam search with `beam_size` above 1.
+
+    Args:
+        model: on any device; switched to evaluation mode while this runs.
+        images: normalised float `[B, 3, H, W]`, or None for text alone.
+        prompt_ids: one list of token ids a row, at least one id each (`<bos>`).
+        eos_id: the token that ends a row.
+        max_tokens: most tokens generated a row, the end of text included.
+        beam_size: hypotheses kept a row (see `_beam_search`).
+        length_penalty: hypotheses are ranked by `log_probability / length ** length_penalty`,
+            where length counts generated tokens and the end of text (as in transformers).
+        temperature: divides the logits before sampling; 0 takes the likeliest token.
+        top_k: sample among the so many likeliest tokens; 0 among all.
+        top_p: sample among the fewest likeliest tokens that hold this probability.
+        generators: one random generator a row, for sampling; None draws seeds from torch's own.
+        never_ids: tokens that are never chosen (special tokens other than the end of text).
+        vocab_size: ids from here on are never chosen (rows of the embedding without a token).
+
+    Returns:
+        One `Generation` a row, in order.
+
+    Raises:
+        InputError: an option out of range, options that exclude each other, or prompt and
+            `max_tokens` that do not fit the model's positions.
+    """
+    check_options(
+        max_tokens=max_tokens,
+        beam_size=beam_size,
+        length_penalty=length_penalty,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+    if not prompt_ids:
+        return []
+    image_tokens = model.num_image_tokens if images is not None else 0
+    _check_lengths(prompt_ids, image_tokens, max_tokens, model.config.max_positions)
+    if images is not None and len(images) != len(prompt_ids):
+        raise ValueError(f"{len(images)} images, but {len(prompt_ids)} prompts.")
+    if generators is not None and len(generators) != len(prompt_ids):
+        raise ValueError(f"{len(generators)} generators, but {len(prompt_ids)} prompts.")
+
+    was_training = model.training
+    model.eval()
+    try:
+        never_V = _never_mask(model, never_ids, vocab_size)
+        logits_BV, cache = _read_prompts(model, images, prompt_ids, max_tokens)
+        if beam_size > 1:
+            return _beam_search(
+                model, logits_BV, cache, never_V, eos_id, max_tokens, beam_size, length_penalty
+            )
+        if temperature > 0:
+            sampler = _Sampler(
+                temperature, top_k, top_p, generators, len(prompt_ids), max_tokens, never_V.device
+            )
+        else:
+            sampler = None
+        return _generate_one_by_one(model, logits_BV, cache, never_V, eos_id, max_tokens, sampler)
+    finally:
+        model.train(was_training)
+
+
+def check_options(
+    *,
+    max_tokens: int,
+    beam_size: int,
+    length_penalty: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> None:
+    """Raise InputError for generation options out of range or excluding each other."""
+    if max_tokens < 1:
+        raise InputError(f"max_tokens must be at least 1, got {max_tokens}.")
+    if beam_size < 1:
+        raise InputError(f"beam_size must be at least 1, got {beam_size}.")
+    if not abs(length_penalty) < float("inf"):
+        raise InputError(f"length_penalty must be a finite number, got {length_penalty}.")
+    if not 0 <= temperature < float("inf"):
+        raise InputError(f"temperature must be 0 (greedy) or a positive number, got {temperature}.")
+    if top_k < 0:
+        raise InputError(f"top_k must be 0 (all tokens) or positive, got {top_k}.")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p must be in (0, 1], got {top_p}.")
+    if beam_size > 1 and temperature > 0:
+        raise InputError(
+            f"Beam search (beam_size {beam_size}) does not sample (temperature {temperature}).",
+            remedy="Take beam_size 1 to sample, or temperature 0 to search.",
+        )
+    if temperature == 0 and (top_k or top_p < 1):
+        raise InputError(
+            "top_k and top_p choose among sampled tokens, but temperature 0 does not sample.",
+            remedy="Set temperature too, for instance to 1.",
+        )
+
+
+def _check_lengths(
+    prompt_ids: Sequence[Sequence[int]], image_tokens: int, max_tokens: int, max_positions: int
+) -> None:
+    longest = max(len(ids) for ids in prompt_ids)
+    if min(len(ids) for ids in prompt_ids) == 0:
+        raise ValueError("Each prompt needs at least one token.")
+    # The last generated token is never read, so it takes no position.
+    room = max_positions - image_tokens - longest + 1
+    if room < 1:
+        raise InputError(
+            f"The prompt is too long: {longest} tokens and {image_tokens} image tokens, but the"
+            f" model reads {max_positions} positions.",
+            remedy="Shorten the prompt.",
+        )
+    if max_tokens > room:
+        raise InputError(
+            f"max_tokens is {max_tokens}, but beside {image_tokens} image tokens and {longest}"
+            f" prompt tokens the model has room for {room} of its {max_positions} positions.",
+            remedy=f"Set max_tokens to {room} at most.",
+        )
+
+
+def _never_mask(
+    model: BitGenModel, never_ids: Sequence[int], vocab_size: int | None
+) -> torch.Tensor:
+    """Bool `[V]`, True for tokens that may not be chosen."""
+    never_V = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+    never_V[list(never_ids)] = True
+    if vocab_size is not None:
+        never_V[vocab_size:] = True
+    return never_V.to(next(model.parameters()).device)
+
+
+def _read_prompts(
+    model: BitGenModel,
+    images: torch.Tensor | None,
+    prompt_ids: Sequence[Sequence[int]],
+    max_tokens: int,
+) -> tuple[torch.Tensor, StaticCache]:
+    """Run pictures and prompts through the model: logits of the first token `[B, V]`, cache."""
+    device = next(model.parameters()).device
+    rows, longest = len(prompt_ids), max(len(ids) for ids in prompt_ids)
+    input_ids_BL = torch.zeros(rows, longest, dtype=torch.int64)
+    valid_BL = torch.zeros(rows, longest, dtype=torch.bool)
+    for row, ids in enumerate(prompt_ids):
+        input_ids_BL[row, longest - len(ids) :] = torch.tensor(ids)
+        valid_BL[row, longest - len(ids) :] = True
+    mask = model.build_attention_mask(
+        valid_BL.to(device),
+        prefix_lengths_B=valid_BL.sum(dim=1).to(device),
+        has_images=images is not None,
+    )
+    image_tokens = model.num_image_tokens if images is not None else 0
+    cache = model.new_cache(rows, image_tokens + longest + max_tokens - 1)
+    output = model(
+        input_ids_BL.to(device), images=images, attention_mask=mask, attention_cache=cache
+    )
+    return output.logits[:, -1].float(), cache
+
+
+def _read_tokens(model: BitGenModel, tokens_B: torch.Tensor, cache: StaticCache) -> torch.Tensor:
+    """Run one more token a row through the model: logits of the next one, float32 `[B, V]`."""
+    return model(tokens_B.unsqueeze(1), attention_cache=cache).logits[:, -1].float()
+
+
+def _generate_one_by_one(
+    model: BitGenModel,
+    logits_BV: torch.Tensor,
+    cache: StaticCache,
+    never_V: torch.Tensor,
+    eos_id: int,
+    max_tokens: int,
+    sampler: _Sampler | None,
+) -> list[Generation]:
+    """Greedy choice, or the sampler's, one token a step and row."""
+    rows, device = len(logits_BV), logits_BV.device
+    tokens_BT = torch.full((rows, max_tokens), eos_id, device=device)
+    log_probability_B = torch.zeros(rows, device=device)
+    finished_B = torch.zeros(rows, dtype=torch.bool, device=device)
+    for step in range(max_tokens):
+        if step > 0:
+            logits_BV = _read_tokens(model, tokens_BT[:, step - 1], cache)
+        allowed_BV = logits_BV.masked_fill(never_V, -torch.inf)
+        chosen_B = sampler(allowed_BV, step) if sampler else allowed_BV.argmax(dim=-1)
+        chosen_B = chosen_B.masked_fill(finished_B, eos_id)
+        tokens_BT[:, step] = chosen_B
+        chosen_logit_B = logits_BV.gather(1, chosen_B.unsqueeze(1)).squeeze(1)
+        step_B = chosen_logit_B - logits_BV.logsumexp(dim=-1)
+        log_probability_B += step_B.masked_fill(finished_B, 0.0)
+        finished_B |= chosen_B == eos_id
+        if finished_B.all():
+            break
+    return [
+        Generation(_until(tokens, eos_id), log_probability, finished)
+        for tokens, log_probability, finished in zip(
+            tokens_BT.tolist(), log_probability_B.tolist(), finished_B.tolist(), strict=True
+        )
+    ]
+
+
+def _until(tokens: list[int], eos_id: int) -> list[int]:
+    return tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens
+
+
+class _Sampler:
+    """Draws one token a row from logits `[B, V]`, by inverting the cumulative distribution.
+
+    Each row uses numbers of its own generator, drawn ahead: one a step.
+    """
+
+    def __init__(
+        self,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        generators: Sequence[torch.Generator] | None,
+        rows: int,
+        max_tokens: int,
+        device: torch.device,
+    ) -> None:
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        if generators is None:
+            seeds = torch.randint(2**62, (rows,)).tolist()
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.uniform_BT = torch.stack(
+            [torch.rand(max_tokens, generator=g, device=g.device).to(device) for g in generators]
+        )
+
+    def __call__(self, logits_BV: torch.Tensor, step: int) -> torch.Tensor:
+        """Token ids `[B]`. Logits of -inf are never chosen."""
+        tokens: torch.Tensor | None = None
+        if 0 < self.top_k < logits_BV.shape[1]:
+            logits_BV, tokens = logits_BV.topk(self.top_k)
+        elif self.top_p < 1:
+            logits_BV, tokens = logits_BV.sort(descending=True)
+        # The largest logit is taken off first: a tiny temperature must not overflow.
+        logits_BV = logits_BV - logits_BV.amax(dim=-1, keepdim=True)
+        probability = torch.softmax(logits_BV / self.temperature, dim=-1)
+        cumulative = probability.cumsum(dim=-1)
+        if self.top_p < 1:
+            # The first token that reaches top_p is the last one kept.
+            probability = probability.masked_fill(cumulative - probability >= self.top_p, 0.0)
+            cumulative = probability.cumsum(dim=-1)
+        total_B1 = cumulative[:, -1:].contiguous()
+        drawn_B1 = self.uniform_BT[:, step : step + 1] * total_B1
+        # Below the total even after rounding: the index found has a probability above zero.
+        drawn_B1 = torch.minimum(drawn_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
+        index_B1 = torch.searchsorted(cumulative, drawn_B1, right=True)
+        return (index_B1 if tokens is None else tokens.gather(1, index_B1)).squeeze(1)
+
+
+def _beam_search(
+    model: BitGenModel,
+    logits_BV: torch.Tensor,
+    cache: StaticCache,
+    never_V: torch.Tensor,
+    eos_id: int,
+    max_tokens: int,
+    beam_size: int,
+    length_penalty: float,
+) -> list[Generation]:
+    """Standard beam search: the best hypothesis that was finished, or cut off at `max_tokens`.
+
+    Each step ranks all continuations of a row's hypotheses. Those among the best `beam_size` that
+    end the text are finished and set aside; the best others go on, always `beam_size` of them. A
+    row is done when `beam_size` hypotheses have finished (fairseq's rule, transformers'
+    `early_stopping=True`) or none that goes on can beat the best finished one. With `beam_size` 1
+    this is greedy.
+    """
+    rows, vocab_size, device = len(logits_BV), logits_BV.shape[1], logits_BV.device
+    row_B = torch.arange(rows, device=device)
+    in_place_N = torch.arange(rows * beam_size, device=device)
+    # The prompt was read once a row; from here on each row is beam_size rows of the cache.
+    cache.reorder(row_B.repeat_interleave(beam_size))
+    logits_BKV = logits_BV.unsqueeze(1).expand(-1, beam_size, -1)
+
+    # All hypotheses start equal, so only the first one counts at the first step.
+    sum_BK = torch.full((rows, beam_size), -torch.inf, device=device)
+    sum_BK[:, 0] = 0.0
+    tokens_BKT = torch.full((rows, beam_size, max_tokens), eos_id, device=device)
+    best = _BestHypotheses(rows, max_tokens, eos_id, length_penalty, device)
+    for step in range(max_tokens):
+        if step > 0:
+            logits_NV = _read_tokens(model, tokens_BKT[:, :, step - 1].flatten(), cache)
+            logits_BKV = logits_NV.view(rows, beam_size, vocab_size)
+        candidate_BKV = torch.log_softmax(logits_BKV, dim=-1).masked_fill(never_V, -torch.inf)
+        candidate_BKV = candidate_BKV + sum_BK.unsqueeze(2)
+        # One ending each at most: among twice as many there are always enough that go on.
+        candidates = min(2 * beam_size, beam_size * vocab_size)
+        top_BM, index_BM = candidate_BKV.flatten(1).topk(candidates)
+        parent_BM, token_BM = index_BM // vocab_size, index_BM % vocab_size
+        ends_BM = token_BM == eos_id
+
+        ending_BK = (ends_BM & top_BM.isfinite())[:, :beam_size]
+        first_B = ending_BK.int().argmax(dim=1)  # equal lengths: the first ranks highest
+        best.offer(
+            ending_BK.sum(dim=1),
+            top_BM[row_B, first_B],
+            tokens_BKT[row_B, parent_BM[row_B, first_B]],
+            length=step + 1,
+        )
+
+        sum_BK, kept_BK = top_BM.masked_fill(ends_BM, -torch.inf).topk(beam_size)
+        parent_BK, token_BK = parent_BM.gather(1, kept_BK), token_BM.gather(1, kept_BK)
+        tokens_BKT = tokens_BKT[row_B.unsqueeze(1), parent_BK]
+        tokens_BKT[:, :, step] = token_BK
+        if step + 1 == max_tokens:
+            count_B = sum_BK[:, 0].isfinite().long()
+            best.offer(count_B, sum_BK[:, 0], tokens_BKT[:, 0], length=max_tokens)
+            break
+        best.close(sum_BK[:, 0], step + 1, beam_size)
+        if best.done_B.all():
+            break
+        origin_N = (row_B.unsqueeze(1) * beam_size + parent_BK).flatten()
+        if not torch.equal(origin_N, in_place_N):  # a copy of the whole cache otherwise
+            cache.reorder(origin_N)
+    return best.generations()
+
+
+class _BestHypotheses:
+    """The best hypothesis of each row so far, and which rows are done."""
+
+    def __init__(
+        self, rows: int, max_tokens: int, eos_id: int, length_penalty: float, device: torch.device
+    ) -> None:
+        self.max_tokens, self.eos_id, self.length_penalty = max_tokens, eos_id, length_penalty
+        self.score_B = torch.full((rows,), -torch.inf, device=device)
+        self.log_probability_B = torch.full((rows,), -torch.inf, device=device)
+        self.tokens_BT = torch.full((rows, max_tokens), eos_id, device=device)
+        self.count_B = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.done_B = torch.zeros(rows, dtype=torch.bool, device=device)
+
+    def offer(
+        self,
+        count_B: torch.Tensor,
+        log_probability_B: torch.Tensor,
+        tokens_BT: torch.Tensor,
+        length: int,
+    ) -> None:
+        """Count `count_B` hypotheses of `length` tokens as ended; the given one is their best."""
+        score_B = log_probability_B / length**self.length_penalty
+        better_B = (count_B > 0) & ~self.done_B & (score_B > self.score_B)
+        self.count_B += count_B
+        self.score_B = torch.where(better_B, score_B, self.score_B)
+        self.log_probability_B = torch.where(better_B, log_probability_B, self.log_probability_B)
+        self.tokens_BT = torch.where(better_B.unsqueeze(1), tokens_BT, self.tokens_BT)
+
+    def close(self, running_B: torch.Tensor, length: int, beam_size: int) -> None:
+        """Close rows that are done, given the best sum of those that go on with `length` tokens."""
+        # Sums only fall, so no running one can score above its sum at the kindest length.
+        shortest, longest = length + 1, self.max_tokens
+        reachable_B = torch.maximum(
+            running_B / shortest**self.length_penalty, running_B / longest**self.length_penalty
+        )
+        beaten_B = (self.count_B > 0) & (self.score_B >= reachable_B)
+        self.done_B = self.done_B | beaten_B | (self.count_B >= beam_size)
+
+    def generations(self) -> list[Generation]:
+        generations = []
+        for tokens, log_probability in zip(
+            self.tokens_BT.tolist(), self.log_probability_B.tolist(), strict=True
+        ):
+            kept = _until(tokens, self.eos_id)
+            generations.append(Generation(kept, log_probability, len(kept) < self.max_tokens))
+        return generations

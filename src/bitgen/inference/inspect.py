@@ -1,0 +1,212 @@
+"""What a model holds: the numbers behind `bitgen info`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitgen.export.loaded import LoadedModel, load_run
+from bitgen.export.safetensors import load_artifact
+from bitgen.model.bitgen import BitGenModel
+from bitgen.model.ternary import PackedTernaryLinear
+from bitgen.training.checkpoint import CONFIG_FILE, open_run
+
+_PARTS = (
+    ("image encoder", "image_encoder."),
+    ("projector", "projector."),
+    ("embedding (shared with the lm head)", "text_decoder.embed_tokens."),
+    ("decoder", "text_decoder."),
+    ("robot selector", "robot_selector."),
+)
+
+
+@dataclass(frozen=True)
+class PartDescription:
+    """One part of the model. A ternary layer's scale counts as float."""
+
+    name: str
+    ternary_parameters: int
+    float_parameters: int
+    bytes: int
+    """As an artifact stores it: 2 bits a ternary weight, the rest unpacked."""
+
+    @property
+    def parameters(self) -> int:
+        return self.ternary_parameters + self.float_parameters
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What a run, a checkpoint or an artifact holds."""
+
+    path: Path
+    kind: str
+    """`run`, `checkpoint` or `artifact`."""
+    model_size: str
+    quantization: str
+    """`ternary`, or `none` (full precision)."""
+    parts: tuple[PartDescription, ...]
+    parameters: int
+    ternary_parameters: int
+    float_parameters: int
+    bits_per_ternary_weight: float | None
+    """As stored, scales included; None without ternary weights."""
+    bits_per_weight: float
+    """As stored, over all parameters."""
+    entropy_per_ternary_weight: float | None
+    """Information in a ternary weight, in bits (at most log2(3) = 1.58): Shannon's entropy of the
+    shares."""
+    ternary_shares: dict[str, float] | None
+    """Share of the ternary weights that are -1, 0 and +1."""
+    dtypes: dict[str, int]
+    """Values stored in each dtype; packed ternary weights are listed as such."""
+    bytes_on_disk: int
+    """Of the artifact, or of the checkpoint's weights (float, as training needs them)."""
+    bytes_packed: int
+    """Of all tensors packed, without config and tokenizer."""
+    decoder_layers: int
+    encoder_layers: int | None
+    """None for a torchvision backbone."""
+    hidden_size: int
+    image_encoder: str
+    image_size: int
+    image_tokens: int
+    vocabulary: int
+    """Entries of the tokenizer."""
+    max_positions: int
+    robots: tuple[str, ...]
+    """Names in the catalog."""
+    run: str | None
+    step: int | None
+    """Updates after which the weights were saved."""
+    epoch: int | None
+    """Whole passes over the data by then."""
+    tokens: int | None
+    """Text tokens learnt from by then."""
+    images: int | None
+    """Pictures seen by then, repeats counted."""
+    training_seconds: float | None
+    training_loss: float | None
+    """Of the last update."""
+    best_validation_loss: float | None
+    """The least of all validations by then."""
+    data: dict[str, Any]
+    """What it was trained on, as the run records it."""
+    training: dict[str, Any]
+    """The training options."""
+
+
+def describe(path: Path | str) -> ModelDescription:
+    """Describe a run's folder (its best checkpoint, else its last), a checkpoint's, or an artifact.
+
+    Raises:
+        ModelFileError: missing, damaged, foreign, or of a newer format.
+    """
+    path = Path(path)
+    loaded: LoadedModel
+    if path.is_dir():
+        kind = "run" if (path / CONFIG_FILE).is_file() else "checkpoint"
+        loaded = load_run(path)
+        bytes_on_disk = open_run(path).model_path.stat().st_size
+    else:
+        kind, loaded = "artifact", load_artifact(path)
+        bytes_on_disk = path.stat().st_size
+    model, config, info = loaded.model, loaded.model.config, loaded.info
+
+    parts = _describe_parts(model)
+    ternary = sum(part.ternary_parameters for part in parts)
+    floats = sum(part.float_parameters for part in parts)
+    bytes_packed = sum(part.bytes for part in parts)
+    shares = _ternary_shares(model)
+    layers = _packed_layers(model).values()
+    ternary_bytes = sum(layer.packed.nbytes + layer.scale.nbytes for layer in layers)
+    return ModelDescription(
+        path=path,
+        kind=kind,
+        model_size=config.model_size,
+        quantization=config.quantization,
+        parts=parts,
+        parameters=ternary + floats,
+        ternary_parameters=ternary,
+        float_parameters=floats,
+        bits_per_ternary_weight=8 * ternary_bytes / ternary if ternary else None,
+        bits_per_weight=8 * bytes_packed / (ternary + floats),
+        entropy_per_ternary_weight=None if shares is None else _entropy(shares),
+        ternary_shares=shares,
+        dtypes=_dtypes(model),
+        bytes_on_disk=bytes_on_disk,
+        bytes_packed=bytes_packed,
+        decoder_layers=config.num_layers,
+        encoder_layers=config.encoder_layers if config.image_encoder == "vit" else None,
+        hidden_size=config.hidden_size,
+        image_encoder=config.image_encoder,
+        image_size=config.image_size,
+        image_tokens=model.num_image_tokens,
+        vocabulary=loaded.tokenizer.vocab_size,
+        max_positions=config.max_positions,
+        robots=tuple(robot.name for robot in loaded.catalog),
+        run=info.get("run"),
+        step=info.get("step"),
+        epoch=info.get("epoch"),
+        tokens=info.get("tokens"),
+        images=info.get("images"),
+        training_seconds=info.get("training_seconds"),
+        training_loss=info.get("training_loss"),
+        best_validation_loss=info.get("best_validation_loss"),
+        data=info.get("data") or {},
+        training=info.get("training") or {},
+    )
+
+
+def _packed_layers(model: BitGenModel) -> dict[str, PackedTernaryLinear]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, PackedTernaryLinear)
+    }
+
+
+def _describe_parts(model: BitGenModel) -> tuple[PartDescription, ...]:
+    """Each tensor is counted in the first part whose prefix its name has."""
+    widths = {f"{name}.packed": layer for name, layer in _packed_layers(model).items()}
+    ternary: Counter[str] = Counter()
+    floats: Counter[str] = Counter()
+    stored: Counter[str] = Counter()
+    for name, tensor in model.state_dict().items():
+        part = next(part for part, prefix in _PARTS if name.startswith(prefix))
+        stored[part] += tensor.nbytes
+        if name in widths:
+            ternary[part] += widths[name].in_features * widths[name].out_features
+        else:
+            floats[part] += tensor.numel()
+    return tuple(
+        PartDescription(part, ternary[part], floats[part], stored[part]) for part, _ in _PARTS
+    )
+
+
+def _ternary_shares(model: BitGenModel) -> dict[str, float] | None:
+    counts = torch.zeros(3, dtype=torch.int64)
+    for layer in _packed_layers(model).values():
+        counts += torch.bincount(layer.ternary().flatten().long() + 1, minlength=3)
+    if not counts.sum():
+        return None
+    return dict(zip(("-1", "0", "+1"), (counts / counts.sum()).tolist(), strict=True))
+
+
+def _entropy(shares: dict[str, float]) -> float:
+    share_3 = torch.tensor(list(shares.values()), dtype=torch.float64)
+    return float(torch.special.entr(share_3).sum() / torch.tensor(2.0, dtype=torch.float64).log())
+
+
+def _dtypes(model: BitGenModel) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for layer in _packed_layers(model).values():
+        counts["ternary (2 bits)"] += layer.in_features * layer.out_features
+    for name, tensor in model.state_dict().items():
+        if not name.endswith(".packed"):
+            counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    return dict(counts)

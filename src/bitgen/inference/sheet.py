@@ -1,0 +1,146 @@
+"""A picture sheet: pictures in a grid, lines of text under each."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from bitgen.errors import DiskFullError, ImageError, InputError
+
+_MARGIN = 16
+_LINE_HEIGHT = 18
+_PAPER = (255, 255, 255)
+_FIRST_INK = (24, 28, 34)
+_OTHER_INK = (92, 100, 112)
+_FRAME = (216, 220, 226)
+_DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+_Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+
+
+@dataclass(frozen=True)
+class SheetItem:
+    """One picture and the lines under it; the first line is set darker than the others."""
+
+    image: Path
+    lines: Sequence[str] = field(default_factory=tuple)
+
+
+def draw_sheet(
+    items: Sequence[SheetItem], output: Path, columns: int = 4, picture_side: int = 224
+) -> None:
+    """Write a PNG with `items` in rows of `columns`; long lines are wrapped.
+
+    Each picture is fitted whole into a square of `picture_side` pixels. The file appears whole or
+    not at all; one that is there is replaced.
+
+    Raises InputError for no items or columns < 1, ImageError for a picture that cannot be read,
+    DiskFullError if the disk is full.
+    """
+    if not items:
+        raise InputError("A picture sheet needs at least one picture.")
+    if columns < 1 or picture_side < 16:
+        raise InputError(
+            "A picture sheet needs at least one column and pictures of 16 pixels, got"
+            f" {columns} columns of {picture_side} pixels."
+        )
+    columns = min(columns, len(items))
+    font = ImageFont.load_default(size=14)
+    texts = [_wrapped(item.lines, font, picture_side) for item in items]
+    rows = [
+        range(start, min(start + columns, len(items))) for start in range(0, len(items), columns)
+    ]
+    row_heights = [
+        picture_side + 8 + _LINE_HEIGHT * max(len(texts[index]) for index in row) + _MARGIN
+        for row in rows
+    ]
+    width = _MARGIN + columns * (picture_side + _MARGIN)
+    sheet = Image.new("RGB", (width, _MARGIN + sum(row_heights)), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    top = _MARGIN
+    for row, height in zip(rows, row_heights, strict=True):
+        for column, index in enumerate(row):
+            left = _MARGIN + column * (picture_side + _MARGIN)
+            _paste(sheet, draw, items[index].image, left, top, picture_side)
+            for number, (line, ink) in enumerate(texts[index]):
+                y = top + picture_side + 8 + number * _LINE_HEIGHT
+                draw.text((left, y), line, fill=ink, font=font)
+        top += height
+    _save(sheet, Path(output))
+
+
+def _paste(
+    sheet: Image.Image, draw: ImageDraw.ImageDraw, path: Path, left: int, top: int, side: int
+) -> None:
+    try:
+        with Image.open(path) as opened:
+            picture = ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{path} cannot be read as a picture: {error}") from error
+    picture = ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS)
+    corner = (left + (side - picture.width) // 2, top + (side - picture.height) // 2)
+    sheet.paste(picture, corner)
+    right, bottom = corner[0] + picture.width - 1, corner[1] + picture.height - 1
+    draw.rectangle((*corner, right, bottom), outline=_FRAME)
+
+
+def _wrapped(
+    lines: Sequence[str], font: _Font, width: int
+) -> list[tuple[str, tuple[int, int, int]]]:
+    """(text, colour) of each printed line, none wider than `width` pixels."""
+    wrapped = []
+    for number, line in enumerate(lines):
+        ink = _FIRST_INK if number == 0 else _OTHER_INK
+        wrapped += [(part, ink) for part in wrap_line(line, font, width)]
+    return wrapped
+
+
+def wrap_line(line: str, font: _Font, width: int) -> list[str]:
+    """Break a line between words, and within a word only where one alone is too wide."""
+    parts: list[str] = []
+    current = ""
+    for word in line.split():
+        candidate = f"{current} {word}" if current else word
+        if font.getlength(candidate) <= width:
+            current = candidate
+            continue
+        if current:
+            parts.append(current)
+        current = word
+        while font.getlength(current) > width and len(current) > 1:
+            cut = len(current) - 1
+            while cut > 1 and font.getlength(current[:cut]) > width:
+                cut -= 1
+            parts.append(current[:cut])
+            current = current[cut:]
+    return [*parts, current]
+
+
+def _save(sheet: Image.Image, output: Path) -> None:
+    temporary: Path | None = None
+    try:
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            prefix=f".{output.name}.", suffix=".png", dir=output.absolute().parent
+        )
+        temporary = Path(name)
+        with os.fdopen(handle, "wb") as file:
+            sheet.save(file, format="PNG", optimize=True)
+        temporary.chmod(0o644)
+        os.replace(temporary, output)
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise DiskFullError(
+                f"The disk is full: the picture sheet could not be written to {output}.",
+                remedy="Make room, or choose another folder.",
+            ) from error
+        raise InputError(f"The picture sheet cannot be written to {output}: {error}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,363 @@
+"""The artifact: what is in it, that it loads as the same numbers, and what is refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from bitgen.errors import DiskFullError, InputError, ModelFileError, OutputExistsError
+from bitgen.export import safetensors as artifact_module
+from bitgen.export.loaded import load_run
+from bitgen.export.safetensors import export_safetensors, load_artifact, read_header
+from bitgen.kernels.packing import unpack_ternary
+from bitgen.kernels.quantize import quantize_weight
+from bitgen.model.ternary import TernaryLinear
+
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture
+def artifact(make_run: MakeRun, tmp_path: Path) -> Path:
+    output = tmp_path / "model.safetensors"
+    export_safetensors(make_run(), output)
+    return output
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata())
+
+
+def rewrite(path: Path, *, drop: str = "", **metadata: str) -> None:
+    """Write the same tensors under changed metadata."""
+    values = {**metadata_of(path), **metadata}
+    values.pop(drop, None)
+    save_file(load_file(path), path, metadata=values)
+
+
+# What is written --------------------------------------------------------------------------------
+
+
+def test_tensors_are_the_trained_ones_quantized(make_run: MakeRun, tmp_path: Path) -> None:
+    run_dir = make_run()
+    output = tmp_path / "model.safetensors"
+    report = export_safetensors(run_dir, output)
+    tensors = load_file(output)
+    trained = load_run(run_dir, packed=False).model
+    ternary_weights = 0
+    for name, layer in trained.named_modules():
+        if isinstance(layer, TernaryLinear):
+            ternary_NK, scale = quantize_weight(layer.weight.detach())
+            packed = tensors.pop(f"{name}.packed")
+            assert packed.dtype == torch.uint8
+            assert torch.equal(unpack_ternary(packed, layer.in_features), ternary_NK)
+            assert torch.equal(tensors.pop(f"{name}.scale"), scale)
+            ternary_weights += ternary_NK.numel()
+    state = trained.state_dict()
+    for name, tensor in tensors.items():  # all the rest is as it was
+        assert torch.equal(tensor, state[name])
+        assert tensor.dtype == torch.float32
+    assert report.ternary_weights == ternary_weights > 0
+
+
+def test_the_report_adds_up(make_run: MakeRun, tmp_path: Path) -> None:
+    output = tmp_path / "model.safetensors"
+    report = export_safetensors(make_run(), output)
+    assert report.bytes == output.stat().st_size
+    assert report.bytes == report.ternary_bytes + report.float_bytes + report.metadata_bytes
+    assert report.metadata_bytes == read_header(output).header_bytes
+    # Each width here is a multiple of four: two bits a weight, none lost.
+    assert report.ternary_bytes == report.ternary_weights // 4
+    assert report.float_bytes == 4 * report.float_weights
+    assert report.quantization == "ternary"
+
+
+def test_the_file_is_a_fraction_of_the_checkpoint_at_a_real_size(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run_dir = make_run(hidden_size=256, head_dim=64, num_layers=4, intermediate_size=512)
+    report = export_safetensors(run_dir, tmp_path / "model.safetensors")
+    checkpoint = (run_dir / "checkpoints/last/model.safetensors").stat().st_size
+    assert 4 * report.ternary_weights + report.float_bytes == pytest.approx(checkpoint, rel=0.01)
+    assert report.ternary_bytes + report.float_bytes < checkpoint / 4
+
+
+def test_metadata_is_documented_strings_without_private_folders(artifact: Path) -> None:
+    metadata = metadata_of(artifact)
+    assert set(metadata) == {"format", "format_version", "config", "tokenizer", "robots", "info"}
+    assert (metadata["format"], metadata["format_version"]) == ("bitgen", "1")
+    assert json.loads(metadata["config"])["hidden_size"] == 32
+    assert json.loads(metadata["robots"])[0]["name"]
+    info = json.loads(metadata["info"])
+    assert (info["run"], info["step"], info["best_validation_loss"]) == ("run", 5, 2.25)
+    assert str(artifact.parent).encode() not in artifact.read_bytes()
+
+
+def test_the_model_in_the_file_computes_the_same_numbers(make_run: MakeRun, tmp_path: Path) -> None:
+    for quantization in ("ternary", "none"):
+        run_dir = make_run(f"run-{quantization}", quantization=quantization)
+        output = tmp_path / f"{quantization}.safetensors"
+        report = export_safetensors(run_dir, output)
+        assert (report.ternary_weights > 0) == (quantization == "ternary")
+        assert report.quantization == quantization
+        loaded, trained = load_artifact(output), load_run(run_dir, packed=False)
+        ids_BL = torch.tensor([[1, 70, 80], [1, 90, 100]])
+        images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            got = loaded.model(ids_BL, images).logits
+            expected = trained.model(ids_BL, images).logits
+        assert torch.equal(got, expected)
+        assert loaded.tokenizer.to_json() == trained.tokenizer.to_json()
+        assert loaded.catalog == trained.catalog
+        assert loaded.model.config == trained.model.config
+        info = dict(loaded.info)
+        assert info.pop("bitgen_version")
+        assert info == trained.info
+
+
+def test_an_output_is_replaced_only_when_asked(make_run: MakeRun, tmp_path: Path) -> None:
+    run_dir, output = make_run(), tmp_path / "model.safetensors"
+    output.write_text("precious")
+    with pytest.raises(OutputExistsError, match=output.name) as caught:
+        export_safetensors(run_dir, output)
+    assert "--overwrite" in str(caught.value.remedy)
+    assert output.read_text() == "precious"
+    export_safetensors(run_dir, output, overwrite=True)
+    assert load_artifact(output).model.config.hidden_size == 32
+
+
+def test_outputs_that_cannot_be(make_run: MakeRun, tmp_path: Path) -> None:
+    run_dir = make_run()
+    with pytest.raises(InputError, match="is a folder"):
+        export_safetensors(run_dir, tmp_path, overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        export_safetensors(run_dir, tmp_path / "file" / "model.safetensors")
+    nested = tmp_path / "new" / "folder" / "model.safetensors"
+    export_safetensors(run_dir, nested)
+    assert nested.is_file()
+
+
+def test_sources_that_are_no_run(make_run: MakeRun, tmp_path: Path, artifact: Path) -> None:
+    output = tmp_path / "out.safetensors"
+    for source in (tmp_path / "nowhere", tmp_path, artifact):
+        with pytest.raises(ModelFileError):
+            export_safetensors(source, output)
+    damaged = make_run("damaged")
+    weights = damaged / "checkpoints" / "last" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ModelFileError, match="truncated"):
+        export_safetensors(damaged, output)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_full_disk_leaves_nothing_behind(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existed: bool
+) -> None:
+    run_dir = make_run()
+    folder = tmp_path / "full"
+    folder.mkdir()
+    output = folder / "model.safetensors"
+    if existed:
+        output.write_text("precious")
+
+    def full(tensors: Any, path: Path, metadata: Any = None) -> None:
+        Path(path).write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("bitgen.training.checkpoint.save_file", full)
+    with pytest.raises(DiskFullError, match=str(output)):
+        export_safetensors(run_dir, output, overwrite=True)
+    assert [path.name for path in folder.iterdir()] == ([output.name] if existed else [])
+    if existed:
+        assert output.read_text() == "precious"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files by setrlimit")
+def test_a_file_that_cannot_grow_leaves_nothing_behind(make_run: MakeRun, tmp_path: Path) -> None:
+    import resource
+    import signal
+
+    run_dir = make_run()
+    folder = tmp_path / "small"
+    folder.mkdir()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        with pytest.raises(InputError, match="model.safetensors cannot be written"):
+            export_safetensors(run_dir, folder / "model.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(folder.iterdir()) == []
+
+
+# What is refused --------------------------------------------------------------------------------
+
+
+def test_every_truncation_is_noticed(artifact: Path) -> None:
+    whole = artifact.read_bytes()
+    header_bytes = read_header(artifact).header_bytes
+    for size in (0, 1, 7, 8, 9, 100, header_bytes - 1, header_bytes, len(whole) - 1):
+        artifact.write_bytes(whole[:size])
+        with pytest.raises(ModelFileError, match="truncated|empty|bytes long|safetensors"):
+            load_artifact(artifact)
+    artifact.write_bytes(whole + b"more")
+    with pytest.raises(ModelFileError):
+        load_artifact(artifact)
+    artifact.write_bytes(whole)
+    load_artifact(artifact)
+
+
+def test_foreign_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "foreign"
+    Image.new("RGB", (8, 8)).save(path, format="JPEG")
+    with pytest.raises(ModelFileError, match="JPEG"):
+        load_artifact(path)
+    Image.new("RGB", (8, 8)).save(path, format="PNG")
+    with pytest.raises(ModelFileError, match="PNG"):
+        load_artifact(path)
+    torch.save({"weight": torch.ones(3)}, path)
+    with pytest.raises(ModelFileError, match="pickle"):
+        load_artifact(path)
+    torch.save({"weight": torch.ones(3)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(ModelFileError, match="pickle"):
+        load_artifact(path)
+    path.write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(ModelFileError, match="GGUF"):
+        load_artifact(path)
+    path.write_text("just some words, and enough of them")
+    with pytest.raises(ModelFileError, match="no safetensors file"):
+        load_artifact(path)
+    path.write_bytes(bytes(100))
+    with pytest.raises(ModelFileError, match="no safetensors file"):
+        load_artifact(path)
+    with pytest.raises(ModelFileError, match="no model at"):
+        load_artifact(tmp_path / "missing")
+
+
+def test_safetensors_of_something_else(tmp_path: Path, make_run: MakeRun) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({"a": torch.ones(3)}, path)
+    with pytest.raises(ModelFileError, match="not one that BitGen exported"):
+        load_artifact(path)
+    save_file({"a": torch.ones(3)}, path, metadata={"format": "pt"})
+    with pytest.raises(ModelFileError, match="not one that BitGen exported"):
+        load_artifact(path)
+    with pytest.raises(ModelFileError, match="not one that BitGen exported"):
+        load_artifact(make_run() / "checkpoints" / "last" / "model.safetensors")
+
+
+def test_newer_and_senseless_versions(artifact: Path) -> None:
+    rewrite(artifact, format_version="2")
+    with pytest.raises(
+        ModelFileError, match="format version 2; this BitGen reads up to 1"
+    ) as caught:
+        load_artifact(artifact)
+    assert "Upgrade" in str(caught.value.remedy)
+    for version in ("", "one", "-1", "1.5"):
+        rewrite(artifact, format_version=version)
+        with pytest.raises(ModelFileError, match="no format version"):
+            load_artifact(artifact)
+
+
+@pytest.mark.parametrize("name", ["config", "tokenizer", "robots", "info"])
+def test_metadata_that_is_missing_or_senseless(artifact: Path, name: str) -> None:
+    whole = artifact.read_bytes()
+    rewrite(artifact, drop=name)
+    with pytest.raises(ModelFileError, match=name):
+        load_artifact(artifact)
+    for text in ("", "[1", '"text"', '{"surprise": 1}'):
+        if name == "info" and text.startswith("{"):
+            continue  # an open record: any object will do
+        artifact.write_bytes(whole)
+        rewrite(artifact, **{name: text})
+        with pytest.raises(ModelFileError, match=artifact.name):
+            load_artifact(artifact)
+
+
+def test_tensors_that_do_not_fit_the_config(artifact: Path) -> None:
+    whole = artifact.read_bytes()
+    metadata = metadata_of(artifact)
+    name = "text_decoder.layers.0.mlp.up_proj.packed"
+    for change, words in (
+        (None, f"{name} is missing"),
+        (torch.zeros(48, 9, dtype=torch.uint8), r"uint8 \[48, 9\], expected uint8 \[48, 8\]"),
+        (torch.zeros(48, 8, dtype=torch.int8), r"int8 \[48, 8\], expected uint8"),
+    ):
+        artifact.write_bytes(whole)
+        tensors = load_file(artifact)
+        if change is None:
+            del tensors[name]
+        else:
+            tensors[name] = change
+        save_file(tensors, artifact, metadata=metadata)
+        with pytest.raises(ModelFileError, match=words):
+            load_artifact(artifact)
+    artifact.write_bytes(whole)
+    save_file({**load_file(artifact), "stray": torch.ones(1)}, artifact, metadata=metadata)
+    with pytest.raises(ModelFileError, match="stray is unknown"):
+        load_artifact(artifact)
+
+
+def test_headers_that_promise_what_is_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+
+    def write(header: str, data: bytes = b"") -> None:
+        encoded = header.encode()
+        path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
+
+    write('{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}', bytes(35))
+    with pytest.raises(ModelFileError, match="truncated"):
+        read_header(path)
+    for header in (
+        '{"a": 1}',
+        '{"a": {"data_offsets": []}}',
+        '{"a": {"data_offsets": ["x", "y"]}}',
+    ):
+        write(header)
+        with pytest.raises(ModelFileError, match="damaged"):
+            read_header(path)
+    write("{" * 50_000)
+    with pytest.raises(ModelFileError, match="damaged"):
+        read_header(path)
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(content=st.binary(max_size=200), framed=st.booleans())
+def test_any_bytes_give_a_clear_error(tmp_path: Path, content: bytes, framed: bool) -> None:
+    path = tmp_path / "anything"
+    path.write_bytes(struct.pack("<Q", len(content)) + content if framed else content)
+    with pytest.raises(ModelFileError):
+        load_artifact(path)
+
+
+def test_nothing_is_unpickled(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pickle
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("a pickle was opened")
+
+    monkeypatch.setattr(pickle, "Unpickler", forbidden)
+    monkeypatch.setattr(pickle, "load", forbidden)
+    monkeypatch.setattr(pickle, "loads", forbidden)
+    monkeypatch.setattr(torch, "load", forbidden)
+    assert load_artifact(artifact).info["run"] == "run"
+    assert "torch.load" not in Path(artifact_module.__file__).read_text()

@@ -1,0 +1,115 @@
+"""`describe`: numbers that can be counted in another way."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitgen.errors import ModelFileError
+from bitgen.export.safetensors import export_safetensors
+from bitgen.inference.inspect import describe
+from bitgen.inference.predictor import BitGen
+from bitgen.kernels.quantize import quantize_weight
+from bitgen.model.ternary import TernaryLinear
+
+MakeRun = Callable[..., Path]
+
+
+def test_parameters_and_shares_are_those_of_the_trained_model(make_run: MakeRun) -> None:
+    run_dir = make_run()
+    description = describe(run_dir)
+    model = BitGen.load(run_dir, packed=False).model
+    layers = [module for module in model.modules() if isinstance(module, TernaryLinear)]
+    weights = torch.cat([quantize_weight(layer.weight)[0].flatten() for layer in layers])
+    total = sum(parameter.numel() for parameter in model.parameters())
+
+    assert description.ternary_parameters == weights.numel()
+    # A packed layer stores one scale that the trained one computes.
+    assert description.float_parameters == total - weights.numel() + len(layers)
+    assert description.parameters == sum(part.parameters for part in description.parts)
+    assert description.ternary_shares is not None
+    for value, name in ((-1, "-1"), (0, "0"), (1, "+1")):
+        share = float((weights == value).double().mean())
+        assert description.ternary_shares[name] == pytest.approx(share)
+    assert description.entropy_per_ternary_weight is not None
+    assert 1.4 < description.entropy_per_ternary_weight <= math.log2(3)
+    assert description.bits_per_ternary_weight == pytest.approx(
+        2 + 32 * len(layers) / weights.numel()
+    )
+    assert description.dtypes == {
+        "ternary (2 bits)": weights.numel(),
+        "float32": description.float_parameters,
+    }
+
+    by_name = {part.name: part for part in description.parts}
+    decoder = by_name["decoder"]
+    expected = sum(
+        layer.weight.numel()
+        for layer in model.text_decoder.modules()
+        if isinstance(layer, TernaryLinear)
+    )
+    assert decoder.ternary_parameters == expected
+    embedding = by_name["embedding (shared with the lm head)"]
+    assert (embedding.ternary_parameters, embedding.float_parameters) == (0, 512 * 32)
+    assert embedding.bytes == 512 * 32 * 4
+
+
+def test_where_it_comes_from(make_run: MakeRun) -> None:
+    description = describe(make_run("garden"))
+    assert (description.kind, description.run, description.step) == ("run", "garden", 5)
+    assert (description.epoch, description.best_validation_loss) == (1, 2.25)
+    assert description.training_loss == 2.5
+    assert description.data["train_images"] == 7
+    assert description.training["num_epochs"] == 3
+    assert (description.decoder_layers, description.encoder_layers) == (2, 1)
+    assert (description.image_size, description.image_tokens) == (32, 4)
+    assert len(description.robots) > 2
+
+
+def test_run_checkpoint_and_artifact_differ_only_in_the_file(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run_dir = make_run()
+    artifact = tmp_path / "model.safetensors"
+    report = export_safetensors(run_dir, artifact)
+    checkpoint = run_dir / "checkpoints" / "last"
+    of_run, of_checkpoint, of_artifact = describe(run_dir), describe(checkpoint), describe(artifact)
+    assert (of_run.kind, of_checkpoint.kind, of_artifact.kind) == ("run", "checkpoint", "artifact")
+    assert of_artifact.bytes_on_disk == artifact.stat().st_size
+    assert of_run.bytes_on_disk == (checkpoint / "model.safetensors").stat().st_size
+    assert of_artifact.bytes_packed == report.ternary_bytes + report.float_bytes
+    assert of_artifact.ternary_parameters == report.ternary_weights
+    assert of_artifact.float_parameters == report.float_weights
+    same = {"path": run_dir, "kind": "run", "bytes_on_disk": 0}
+    of_all = [dataclasses.replace(d, **same) for d in (of_run, of_checkpoint, of_artifact)]
+    assert of_all[0] == of_all[1] == of_all[2]
+    json.dumps({**dataclasses.asdict(of_run), "path": str(run_dir)})
+
+
+def test_full_precision_is_said(make_run: MakeRun) -> None:
+    description = describe(make_run(quantization="none"))
+    assert description.quantization == "none"
+    assert description.ternary_parameters == 0
+    assert description.ternary_shares is None
+    assert description.bits_per_ternary_weight is None
+    assert description.bits_per_weight == 32
+
+
+def test_a_backbone_of_torchvision_has_no_layers_of_ours(make_run: MakeRun) -> None:
+    description = describe(make_run(image_encoder="mobilenet_v3_small", image_size=64))
+    assert description.encoder_layers is None
+    assert description.image_encoder == "mobilenet_v3_small"
+    assert "int64" in description.dtypes  # batch norm counts its batches
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError):
+        describe(tmp_path / "nowhere")
+    with pytest.raises(ModelFileError):
+        describe(tmp_path)
