@@ -136,7 +136,7 @@ def test_an_image_in_both_splits(data: Path) -> None:
             (val_file, DUPLICATE_ID),
             (val_file, DUPLICATE_ID),
             (val_file, DUPLICATE_FILE),
-            ("train2017/4.png", MISSING_IMAGE),  # a name that leads out is not followed
+            (val_file, BROKEN_ENTRY),  # a name that leads out of its folder is not followed
         ]
     )
 

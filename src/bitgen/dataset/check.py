@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitgen.dataset.coco import (
+    BROKEN_ENTRY,
     DUPLICATE_FILE,
     DUPLICATE_ID,
     IMAGE_WITHOUT_CAPTION,
@@ -18,6 +19,7 @@ from bitgen.dataset.coco import (
     Collection,
     ImageFinder,
     find_collections,
+    is_inside,
     read_caption_file,
 )
 from bitgen.dataset.images import IMAGE_SUFFIXES, available_cpus, load_image
@@ -125,14 +127,17 @@ def _find_images(
         missing = []
         for image in caption_file.images:
             path = finder.find(image)
-            if path is None:
+            if not is_inside(image.file_name):
+                detail = f"file_name {image.file_name!r} leads out of the data set: not followed"
+                problems.append(Problem(file, BROKEN_ENTRY, detail))
+            elif path is None:
                 missing.append(image)
             elif path in listed_in:
                 detail = f"{image.file_name} is also listed in {listed_in[path].name}"
                 problems.append(Problem(file, DUPLICATE_FILE, detail))
             else:
                 listed_in[path] = file
-        if len(missing) == len(caption_file.images):
+        if missing and len(missing) == len(caption_file.images):
             folders = sorted({image.folder for image in missing})
             places = ", ".join(str(p) for folder in folders for p in finder.folders(folder))
             detail = f"none of the {len(missing):,} images is on disk; looked in {places}"

@@ -40,6 +40,10 @@ _RETRY_SECONDS = 2.0
 _TRANSIENT_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504))
 
 
+class _ConnectionBrokenError(Exception):
+    """The server, or the line to it, failed in the middle of an answer."""
+
+
 def download_coco(
     output: Path,
     year: int = 2017,
@@ -119,7 +123,7 @@ def _fetch(url: str, target: Path, report: DownloadCallback, retry_seconds: floa
                     f"{url} cannot be fetched: {reason}.",
                     remedy="Is this the URL of a server with COCO's files?",
                 ) from error
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, _ConnectionBrokenError) as error:
             reason = str(getattr(error, "reason", "") or error) or type(error).__name__
         # A poor line that delivers something each time is not a failure.
         failures = 1 if _size(part) > before else failures + 1
@@ -134,7 +138,7 @@ def _fetch(url: str, target: Path, report: DownloadCallback, retry_seconds: floa
 def _receive(url: str, part: Path, report: DownloadCallback) -> bool:
     """Ask for what is missing and append it. Returns whether the file is whole.
 
-    Raises HTTPError, URLError or another OSError where the connection fails.
+    Raises HTTPError, another OSError or _ConnectionBrokenError where the connection fails.
     """
     start = _size(part)
     headers = {"User-Agent": "bitgen", "Accept-Encoding": "identity"}
@@ -168,23 +172,27 @@ def _receive(url: str, part: Path, report: DownloadCallback) -> bool:
         if total is None and length.isdigit():
             total = start + int(length)
         _check_room(part.parent, (total or 0) - start)
+        done = start
         with _clear_write_errors(part.parent):
             _version_file(part).write_text(_strong_version(response.headers))
-            file = part.open("ab" if start else "wb")
-        with file:
-            done = start
-            while chunk := response.read(_CHUNK_BYTES):
-                with _clear_write_errors(part.parent):
+            with part.open("ab" if start else "wb") as file:
+                while chunk := _read(response):
                     file.write(chunk)
-                done += len(chunk)
-                report(done, total or 0, part.stem)
-            with _clear_write_errors(part.parent):
+                    done += len(chunk)
+                    report(done, total or 0, part.stem)
                 file.flush()
                 os.fsync(file.fileno())
     if total is not None and done > total:
         part.unlink()
         return False
     return total is None or done == total
+
+
+def _read(response: http.client.HTTPResponse) -> bytes:
+    try:
+        return response.read(_CHUNK_BYTES)
+    except (OSError, http.client.HTTPException) as error:  # not to be taken for the disk's
+        raise _ConnectionBrokenError(str(error) or type(error).__name__) from error
 
 
 def _unpack(archive: Path, output: Path, report: DownloadCallback) -> dict[str, int]:

@@ -1,0 +1,221 @@
+"""`bitgen infer`: captions of pictures, and robots for a task."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bitgen.cli.failures import EXIT_BAD_INPUT
+from bitgen.cli.models import model_or_newest_run
+from bitgen.config import DEVICES
+from bitgen.console import console
+from bitgen.errors import ImageError, InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from bitgen.config import BitGenConfig
+    from bitgen.inference.predictor import Caption, RobotChoice
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+def infer(
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[IMAGE]...",
+            help="Files, folders and globs; may be left out where --task is given.",
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model",
+            metavar="RUN_OR_FILE",
+            help="Run folder or exported file. Default: the newest run in ./runs.",
+        ),
+    ] = None,
+    prompt: Annotated[
+        str, typer.Option("--prompt", metavar="TEXT", help="Words that the caption begins with.")
+    ] = "",
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task", metavar="TEXT", help="A job: rank the robots for it and the picture."
+        ),
+    ] = None,
+    beam_size: Annotated[
+        int, typer.Option("--beam_size", help="Captions searched side by side; 1 is greedy.")
+    ] = 1,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="Draw words at random; 0 takes the likeliest.")
+    ] = 0.0,
+    top_k: Annotated[
+        int, typer.Option("--top_k", help="Draw among so many likeliest tokens; 0: all.")
+    ] = 0,
+    top_p: Annotated[
+        float, typer.Option("--top_p", help="Draw among the tokens that hold this probability.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Makes drawing repeatable.")] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max_tokens", help="Longest caption, in tokens.")
+    ] = 40,
+    batch_size: Annotated[int, typer.Option("--batch_size", help="Pictures at a time.")] = 16,
+    device: Annotated[
+        str, typer.Option("--device", metavar="|".join(DEVICES), help="Where to run.")
+    ] = "auto",
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a line, in input order.")
+    ] = False,
+) -> None:
+    """Caption pictures and, with --task, rank the robots for a job.
+
+    A picture that cannot be read is reported, the others go on, and the exit code is 2.
+    """
+    if batch_size < 1:
+        raise InputError(f"--batch_size must be at least 1, got {batch_size}.")
+    if not images and task is None:
+        raise InputError(
+            "No picture is given.", remedy="Name files, folders or globs, or ask with --task."
+        )
+    if task is not None and not task.strip():
+        raise InputError("--task is empty.", remedy='Say the job: --task "bring the red ball".')
+    paths = find_images(images or [])
+    source = model_or_newest_run(model)
+
+    from bitgen.inference.predictor import BitGen
+
+    bitgen = BitGen.load(source, device=device)
+    if task is not None and not bitgen.config.robot_names:
+        console.warning("This model was trained without robot tasks: its ranking means nothing.")
+    if not paths:
+        assert task is not None
+        _show(Answer(None, None, bitgen.select_robots(task)), json)
+        return
+    num_bad = 0
+    for start in range(0, len(paths), batch_size):
+        readable = []
+        for path, picture in _read_pictures(paths[start : start + batch_size], bitgen.config):
+            if isinstance(picture, ImageError):
+                console.error(picture.message, picture.remedy)
+                num_bad += 1
+            else:
+                readable.append((path, picture))
+        if not readable:
+            continue
+        pictures = [picture for _, picture in readable]
+        captions = bitgen.caption(
+            pictures,
+            prompt=prompt,
+            beam_size=beam_size,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+        )
+        ranked: list[list[RobotChoice]] | list[None] = [None] * len(pictures)
+        if task is not None:
+            ranked = bitgen.select_robots_batch(
+                [task] * len(pictures), pictures, batch_size=batch_size
+            )
+        for (path, _), caption, robots in zip(readable, captions, ranked, strict=True):
+            _show(Answer(path, caption, robots), json)
+    if num_bad:
+        if len(paths) > 1:
+            console.error(f"{num_bad} of {len(paths)} pictures could not be read.")
+        raise typer.Exit(EXIT_BAD_INPUT)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is printed for one picture, or for a task without one."""
+
+    image: Path | None
+    caption: Caption | None
+    robots: Sequence[RobotChoice] | None
+
+
+def find_images(arguments: Sequence[str]) -> list[Path]:
+    """The files that the arguments name, in their order; sorted within a folder and a glob.
+
+    Raises InputError for what does not exist, a folder without pictures, a glob without files.
+    """
+    found: list[Path] = []
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            files = [
+                file
+                for file in sorted(path.iterdir())
+                if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+            ]
+            if not files:
+                raise InputError(
+                    f"The folder {argument} holds no pictures.",
+                    remedy=f"Pictures are known by their ending: {', '.join(IMAGE_SUFFIXES)}.",
+                )
+            found += files
+        elif path.exists():
+            found.append(path)
+        elif glob.has_magic(argument):
+            files = [
+                file
+                for file in map(Path, sorted(glob.glob(argument, recursive=True)))
+                if file.is_file()
+            ]
+            if not files:
+                raise InputError(f"No file matches {argument}.")
+            found += files
+        else:
+            raise InputError(f"There is no file or folder {argument}.")
+    return found
+
+
+def _read_pictures(
+    paths: Sequence[Path], config: BitGenConfig
+) -> Iterator[tuple[Path, Image | ImageError]]:
+    """Each file decoded once, already at the model's size, or why it cannot be; in order."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from PIL import Image
+
+    from bitgen.dataset.images import available_cpus, load_image
+
+    def read(path: Path) -> Image.Image | ImageError:
+        try:
+            pixels_3SS = load_image(path, config.image_size, config.image_resize)
+        except ImageError as error:
+            return error
+        return Image.fromarray(pixels_3SS.transpose(1, 2, 0))
+
+    with ThreadPoolExecutor(available_cpus()) as threads:
+        yield from zip(paths, threads.map(read, paths), strict=True)
+
+
+def _show(answer: Answer, json: bool) -> None:
+    caption, robots = answer.caption, answer.robots
+    if json:
+        line: dict[str, Any] = {
+            "image": None if answer.image is None else str(answer.image),
+            "caption": None if caption is None else caption.text,
+            "tokens": None if caption is None else caption.tokens,
+            "log_probability": None if caption is None else caption.log_probability,
+        }
+        if robots is not None:
+            line["robots"] = [
+                {"name": robot.name, "probability": robot.probability} for robot in robots
+            ]
+        console.json(line)
+        return
+    if caption is not None:
+        console.result(f"{answer.image}\n  {caption.text}")
+    for robot in robots or ():
+        console.result(f"  {robot.probability:6.1%}  {robot.name}")

@@ -1,0 +1,324 @@
+"""`bitgen infer`, `export` and `info` on a trained run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bitgen.dataset.robots import load_catalog
+from bitgen.export.safetensors import load_artifact
+from bitgen.inference.predictor import BitGen
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+TASK = "Bring back the red ball."
+
+
+@pytest.fixture(scope="session")
+def pictures(scenes: Path) -> list[Path]:
+    return sorted((scenes / "val2017").iterdir())
+
+
+def test_json_lines_in_input_order_equal_the_predictor(
+    run, trained: Path, pictures: list[Path]
+) -> None:
+    order = [pictures[3], pictures[0], pictures[5]]
+    finished = run(
+        *("infer", *order, "--model", trained, "--task", TASK, "--json"),
+        *("--max_tokens", 6, "--batch_size", 2, "--device", "cpu"),
+    )
+    assert (finished.code, finished.stderr) == (0, "")
+    lines = finished.json_lines()
+    model = BitGen.load(trained, device="cpu")
+    captions = model.caption(order, max_tokens=6, batch_size=2)
+    for line, path, caption in zip(lines, order, captions, strict=True):
+        assert list(line) == ["image", "caption", "tokens", "log_probability", "robots"]
+        assert line["image"] == str(path)
+        assert line["caption"] == caption.text
+        assert line["tokens"] == caption.tokens
+        assert math.isclose(line["log_probability"], caption.log_probability, rel_tol=1e-6)
+        probabilities = [robot["probability"] for robot in line["robots"]]
+        assert probabilities == sorted(probabilities, reverse=True)
+        ranked = model.select_robots(TASK, path)
+        assert [robot["name"] for robot in line["robots"]] == [robot.name for robot in ranked]
+        assert probabilities == pytest.approx([robot.probability for robot in ranked], abs=1e-5)
+
+
+def test_without_task_no_robots_and_a_readable_listing(
+    run, trained: Path, pictures: list[Path]
+) -> None:
+    (line,) = run("infer", pictures[0], "--model", trained, "--json").json_lines()
+    assert "robots" not in line
+    listing = run("infer", pictures[0], "--model", trained, "--task", TASK).stdout
+    assert listing.splitlines()[0] == str(pictures[0])
+    for robot in load_catalog():
+        assert robot.name in listing
+
+
+def test_folders_are_sorted_and_globs_and_files_keep_their_place(
+    run, trained: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("b.PNG", "a.jpg"):
+        Image.new("RGB", (40, 40), "red").save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    odd = tmp_path / "odd[1].png"
+    shutil.copy(pictures[0], odd)
+    finished = run(
+        *("infer", pictures[1], folder, pictures[0].parent / "*7.png", odd),
+        *("--model", trained, "--json", "--max_tokens", 2),
+    )
+    assert finished.code == 0, finished.stderr
+    globbed = [str(path) for path in pictures if path.name.endswith("7.png")]
+    assert len(globbed) == 1
+    assert [line["image"] for line in finished.json_lines()] == [
+        str(pictures[1]), str(folder / "a.jpg"), str(folder / "b.PNG"), *globbed, str(odd),
+    ]  # fmt: skip
+
+
+def test_a_task_needs_no_picture(run, trained: Path) -> None:
+    line = run("infer", "--model", trained, "--task", TASK, "--json").json()
+    assert line["image"] is None
+    assert line["caption"] is None
+    assert {robot["name"] for robot in line["robots"]} == {r.name for r in load_catalog()}
+
+
+def test_the_newest_run_is_taken_and_told(
+    run, trained: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    finished = run("infer", pictures[0])
+    assert finished.code == 2
+    assert "runs" in finished.stderr
+    shutil.copytree(trained, tmp_path / "runs" / "newest", symlinks=True)
+    finished = run("infer", pictures[0], "--json")
+    assert finished.code == 0
+    assert str(Path("runs") / "newest") in finished.stderr
+    assert len(finished.json_lines()) == 1
+
+
+def test_drawing_words_is_repeatable_by_seed(run, trained: Path, pictures: list[Path]) -> None:
+    def caption(seed: int) -> list[dict]:
+        return run(
+            *("infer", *pictures[:3], "--model", trained, "--json", "--temperature", 2),
+            *("--top_k", 50, "--top_p", 0.99, "--seed", seed, "--max_tokens", 8),
+        ).json_lines()
+
+    assert caption(1) == caption(1)
+    assert caption(1) != caption(2)
+
+
+def test_prompt_and_beams(run, trained: Path, pictures: list[Path]) -> None:
+    line = run(
+        *("infer", pictures[0], "--model", trained, "--json", "--prompt", "A red"),
+        *("--beam_size", 3, "--max_tokens", 4),
+    ).json()
+    assert line["caption"].startswith("A red")
+
+
+def test_one_bad_picture_among_several_and_alone(
+    run, trained: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"\xff\xd8\xff\xe0 cut off")
+    arguments = ("--model", trained, "--json", "--max_tokens", 2, "--batch_size", 1)
+    finished = run("infer", pictures[0], bad, pictures[1], *arguments)
+    assert finished.code == 2
+    assert [line["image"] for line in finished.json_lines()] == [str(p) for p in pictures[:2]]
+    assert str(bad) in finished.stderr
+    assert "Traceback" not in finished.stderr
+    alone = run("infer", bad, *arguments)
+    assert (alone.code, alone.stdout) == (2, "")
+    assert alone.stderr.count("error: ") == 1
+
+
+def huge_picture(path: Path) -> None:
+    """A PNG whose header promises 200 megapixels; there is nothing behind it."""
+    import struct
+    import zlib
+
+    header = struct.pack(">IIBBBBB", 20000, 10000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+            for name, data in chunks
+        )
+    )
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "one pixel", "huge", "missing"])
+def test_pictures_that_cannot_be_read(
+    run, trained: Path, pictures: list[Path], tmp_path: Path, kind: str
+) -> None:
+    bad = tmp_path / "bad.png"
+    if kind == "truncated":
+        bad.write_bytes(pictures[0].read_bytes()[:300])
+    elif kind == "empty":
+        bad.write_bytes(b"")
+    elif kind == "text":
+        bad.write_text("This is no picture.")
+    elif kind == "one pixel":
+        Image.new("RGB", (1, 30)).save(bad)
+    elif kind == "huge":
+        huge_picture(bad)
+    finished = run("infer", bad, "--model", trained)
+    assert (finished.code, finished.stdout) == (2, "")
+    assert str(bad) in finished.stderr
+    assert len([line for line in finished.stderr.splitlines() if "error: " in line]) == 1
+    if kind == "huge":
+        assert "pixels" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ([], "picture"),
+        (["--task", "  "], "--task"),
+        (["{folder}"], "no pictures"),
+        (["{folder}/*.png"], "*.png"),
+        (["{picture}", "--batch_size", "0"], "batch_size"),
+        (["{picture}", "--beam_size", "0"], "beam_size"),
+        (["{picture}", "--beam_size", "2", "--temperature", "1"], "temperature"),
+        (["{picture}", "--top_p", "2"], "top_p"),
+        (["{picture}", "--max_tokens", "0"], "max_tokens"),
+        (["{picture}", "--device", "abacus"], "abacus"),
+    ],
+)
+def test_requests_that_cannot_be(
+    run, trained: Path, pictures: list[Path], tmp_path: Path, arguments: list[str], word: str
+) -> None:
+    filled = [a.format(folder=tmp_path, picture=pictures[0]) for a in arguments]
+    finished = run("infer", *filled, "--model", trained)
+    assert (finished.code, finished.stdout) == (2, "")
+    assert word in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_exported_file_answers_the_same(
+    run, trained: Path, exported: Path, pictures: list[Path]
+) -> None:
+    arguments = ("infer", *pictures, "--task", TASK, "--json", "--device", "cpu", "--model")
+    assert run(*arguments, exported).json_lines() == run(*arguments, trained).json_lines()
+
+
+def test_export_report_and_output_that_exists(run, trained: Path, tmp_path: Path) -> None:
+    output = tmp_path / "model.safetensors"
+    report = run("export", "--model", trained, "--output", output, "--json").json()
+    assert report["bytes"] == output.stat().st_size
+    parts = ("ternary_bytes", "float_bytes", "metadata_bytes")
+    assert sum(report[part] for part in parts) == report["bytes"]
+    before = output.read_bytes()
+    finished = run("export", "--model", trained, "--output", output)
+    assert finished.code == 2
+    assert "--overwrite" in finished.stderr
+    assert output.read_bytes() == before
+    assert run("export", "--model", trained, "--output", output, "--overwrite").code == 0
+    assert run("export", "--model", trained, "--output", output, "--format", "onnx").code == 2
+
+
+def test_info_of_run_and_file(run, trained: Path, exported: Path) -> None:
+    of_run, of_file = (run("info", path, "--json").json() for path in (trained, exported))
+    assert (of_run["kind"], of_file["kind"]) == ("run", "artifact")
+    model = load_artifact(exported).model
+    assert of_run["parameters"] == of_file["parameters"]
+    ternary = sum(part["ternary_parameters"] for part in of_file["parts"])
+    assert ternary == of_file["ternary_parameters"] > 0
+    assert of_file["bytes_on_disk"] == exported.stat().st_size
+    assert of_file["decoder_layers"] == model.config.num_layers
+    assert of_file["data"]["train_images"] == 40
+    text = run("info", exported).stdout
+    assert "bits a weight" in text
+    assert f"{of_file['parameters']:,}" in text
+
+
+@pytest.mark.parametrize("kind", ["truncated", "foreign", "newer", "missing", "not a run"])
+@pytest.mark.parametrize("command", ["infer", "info", "export"])
+def test_model_files_that_cannot_be_used(
+    run,
+    exported: Path,
+    trained: Path,
+    pictures: list[Path],
+    tmp_path: Path,
+    kind: str,
+    command: str,
+) -> None:
+    bad = tmp_path / "bad"
+    if kind == "truncated":
+        bad.write_bytes(exported.read_bytes()[:-100])
+    elif kind == "foreign":
+        bad.write_bytes(pictures[0].read_bytes())
+    elif kind == "newer":
+        shutil.copytree(trained, bad, symlinks=True)
+        config = json.loads((bad / "config.json").read_text())
+        (bad / "config.json").write_text(json.dumps({**config, "format_version": 99}))
+    elif kind == "not a run":
+        bad.mkdir()
+    arguments: dict[str, tuple] = {
+        "infer": ("infer", pictures[0], "--model", bad),
+        "info": ("info", bad),
+        "export": ("export", "--model", bad, "--output", tmp_path / "out.safetensors"),
+    }
+    finished = run(*arguments[command])
+    assert (finished.code, finished.stdout) == (2, ""), finished.stderr
+    assert str(bad) in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+# Python reports sockets and unpickling to audit hooks, whichever library asks for them.
+AUDITED = """
+import fractions, pickle, socket, sys
+import torch
+
+class Refused(Exception):
+    pass
+
+def refuse(event, arguments):
+    if event.startswith("socket.") or event == "pickle.find_class":
+        raise Refused(f"{event} {arguments}")
+
+def refuse_load(*arguments, **options):
+    raise Refused("torch.load")
+
+torch.load = refuse_load
+pickled = pickle.dumps(fractions.Fraction(1))
+sys.addaudithook(refuse)
+for forbidden in (socket.socket, lambda: pickle.loads(pickled), lambda: torch.load("x")):
+    try:
+        forbidden()
+    except Refused:
+        continue
+    raise SystemExit("This was not refused.")
+
+from bitgen.cli.app import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("kind", ["run", "file"])
+def test_infer_opens_no_socket_and_unpickles_nothing(
+    trained: Path, exported: Path, pictures: list[Path], kind: str
+) -> None:
+    finished = subprocess.run(
+        [
+            *(sys.executable, "-c", AUDITED, "infer", str(pictures[0])),
+            *("--model", str(trained if kind == "run" else exported)),
+            *("--task", TASK, "--json", "--debug"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT / "src"), "OMP_NUM_THREADS": "1"},
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads(finished.stdout)["image"] == str(pictures[0])
