@@ -30,6 +30,17 @@ def robots_dir() -> Path:
     return _shared("robots")
 
 
+def make_lively(model: Any) -> None:
+    """Far from a fresh model's uniform guesses, so that pictures and words change what is said."""
+    import torch
+
+    with torch.no_grad():
+        torch.nn.init.normal_(model.text_decoder.embed_tokens.weight, std=0.4)
+        for name, parameter in model.named_parameters():
+            if name.endswith("sub_norm.weight"):
+                parameter.fill_(1.0)
+
+
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """A factory of small runs with random weights: `make_run("name", **config changes)`.
@@ -70,8 +81,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
             with torch.random.fork_rng():
                 torch.manual_seed(step)
                 model = BitGenModel(config)
-            with torch.no_grad():  # far from uniform, so that what is likeliest is clear
-                model.text_decoder.embed_tokens.weight.mul_(20)
+                make_lively(model)
             save_checkpoint(
                 run_dir,
                 step,

@@ -147,6 +147,8 @@ class BitGenConfig(_JsonConfig):
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.patch_size < 2 or self.patch_size & (self.patch_size - 1):
+            raise ConfigError(f"patch_size must be a power of two, got {self.patch_size}.")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads"
@@ -217,6 +219,12 @@ class TrainingConfig(_JsonConfig):
     grad_clip: float = _field(1.0, "Largest gradient norm; 0 switches clipping off.")
     label_smoothing: float = _field(0.0, "Share of the target given to all other tokens.")
     robot_loss_weight: float = _field(1.0, "Weight of the robot loss beside the caption loss.")
+    image_word_weight: float = _field(
+        1.0, "Weight of the loss that has image tokens foretell the captions' words; 0: without."
+    )
+    word_pretraining_steps: int = _field(
+        0, "First updates, which train the image encoder alone, on the words of the captions."
+    )
     prompt_probability: float = _field(
         0.1, "Share of captions whose first words are given as a prompt, without loss."
     )
@@ -253,11 +261,18 @@ class TrainingConfig(_JsonConfig):
             "grad_clip",
             "num_workers",
             "robot_loss_weight",
+            "image_word_weight",
+            "word_pretraining_steps",
             "keep_checkpoints",
             "seed",
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.word_pretraining_steps and not self.image_word_weight:
+            raise ConfigError(
+                "word_pretraining_steps trains by the image word loss alone, and image_word_weight"
+                " is 0."
+            )
         if not self.learning_rate > 0:
             raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}.")
         if self.max_steps is not None and self.max_steps < 1:

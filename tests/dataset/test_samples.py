@@ -154,3 +154,21 @@ def test_collate_pads_labels_and_masks_what_is_not_there() -> None:
     assert batch.to("cpu").labels.shape == (2, 8)
     text_only = Collator(pad_id=0, num_robots=0)([Sample([1, 5], 1, None)])
     assert text_only.images is None and text_only.robot_labels.shape == (1, 0)
+
+
+def test_image_words_weigh_what_tells_pictures_apart(
+    pictures: list[CaptionedImage], tmp_path: Path
+) -> None:
+    training = make_set(pictures, tmp_path)
+    cup, ball = training[0].image_words, training[2].image_words
+    assert sum(cup.values()) == pytest.approx(1) == sum(ball.values())
+    (a_id,) = TOKENIZER.encode("a")
+    cup_ids, ball_ids = TOKENIZER.encode("cup"), TOKENIZER.encode("ball")
+    # "a" and "ball" stand in every picture's captions, "cup" in one alone.
+    assert a_id not in cup and not set(ball_ids) & set(cup)
+    assert max(cup, key=lambda token: cup[token]) in [*cup_ids, *TOKENIZER.encode("left of")]
+    assert training[6].image_words == {}
+    batch = training.collate([training[0], training[6]])
+    assert batch.word_weights[0].sum() == pytest.approx(1)
+    assert not batch.word_weights[1].any()
+    assert make_set(pictures, tmp_path, training_mode=False)[0].image_words == {}

@@ -34,6 +34,9 @@ def toy_model(seed: int = 0, **changes: Any) -> BitGenModel:
     model = BitGenModel(BitGenConfig(**{**values, **changes}))
     with torch.no_grad():  # far from uniform, so that no two tokens are nearly tied
         model.text_decoder.embed_tokens.weight.normal_(std=0.35)
+        for name, parameter in model.named_parameters():
+            if name.endswith("sub_norm.weight"):
+                parameter.fill_(1.0)
     return model.eval()
 
 
@@ -104,7 +107,7 @@ def test_greedy_with_cache_and_padding_equals_a_loop_without(
     # A last bit of float that differs can round an int8 activation the other way.
     tolerance = 1e-4 if quantization == "none" else 0.05
     ended = set()
-    for seed in range(4):
+    for seed in range(10):
         model = toy_model(seed, quantization=quantization, attention_mode=mode)
         images = toy_images(len(PROMPTS), seed) if with_images else None
         generations = run(model, PROMPTS, images=images)
@@ -306,7 +309,7 @@ def test_a_wide_beam_finds_the_best_of_all_sequences(length_penalty: float) -> N
     max_tokens = 3
     sequences = all_sequences(max_tokens)
     lengths = set()
-    for seed in range(4):
+    for seed in range(10):
         model = toy_model(seed, quantization="none")
         images = toy_images(2, seed)
         prompts = [[BOS], [BOS, 5, 7]]
@@ -365,7 +368,7 @@ def beam_reference(
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 1.0])
 def test_beam_search_equals_one_written_in_lists(beam_size: int, length_penalty: float) -> None:
     differs_from_greedy = False
-    for seed in range(4):
+    for seed in range(10):
         model = toy_model(seed, quantization="none")
         images = toy_images(len(PROMPTS), seed)
         generations = run(

@@ -297,3 +297,44 @@ def test_decoder_gives_the_logits_of_transformers_bitnet(num_kv_heads: int) -> N
             ours = model(ids, attention_mask=mask).logits
             theirs = reference(ids, attention_mask=mask.long()).logits
         assert (ours - theirs).abs()[mask.bool()].max() < 1e-4
+
+
+def test_image_words_come_from_the_picture_alone() -> None:
+    model = make_model()
+    ids, images = random_input()
+    words = model(ids, images, return_image_words=True).image_words
+    assert words.shape == (3, 50)
+    assert torch.equal(words, model(ids.flip(1), images, return_image_words=True).image_words)
+    assert not torch.allclose(words, model(ids, -images, return_image_words=True).image_words)
+    assert model(ids, images).image_words is None
+    assert model(ids, return_image_words=True).image_words is None
+
+
+def test_blank_pictures_take_no_part_in_training_statistics() -> None:
+    ids, images = random_input(batch=5)
+    has_picture = torch.tensor([True, False, True, True, True])
+    outputs = []
+    for filler in (0.0, 50.0):
+        model = make_model().train()
+        filled = images.clone()
+        filled[1] = filler
+        mask = model.build_attention_mask(torch.ones_like(ids), image_mask_B=has_picture)
+        outputs.append(model(ids, filled, mask).logits)
+        statistics = model.image_encoder.stem.norms[0].running_mean
+        assert int(model.image_encoder.stem.norms[0].num_groups) == 1
+        outputs.append(statistics.clone())
+    assert torch.equal(outputs[0], outputs[2])
+    assert torch.equal(outputs[1], outputs[3])
+
+
+def test_statistics_of_small_batches_are_those_of_a_large_one() -> None:
+    _, images = random_input(batch=8)
+    whole, halves = make_model().image_encoder.train(), make_model().image_encoder.train()
+    together = whole(images)
+    apart = torch.cat([halves(images[:4]), halves(images[4:])])
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(whole.buffers(), halves.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    # In evaluation a picture's features depend on no other picture.
+    whole.eval()
+    torch.testing.assert_close(whole(images)[:1], whole(images[:1]), atol=1e-5, rtol=1e-5)

@@ -110,7 +110,9 @@ class Workshop:
         for index in range(NUM_IMAGES):
             colour = list(COLOURS)[index % len(COLOURS)]
             path = folder / f"{index}.png"
-            pixels = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), COLOURS[colour], np.uint8)
+            # Not of one colour alone: batch statistics of no variance would amplify rounding.
+            noise = np.random.default_rng(index).integers(-60, 60, (IMAGE_SIZE, IMAGE_SIZE, 3))
+            pixels = np.clip(np.array(COLOURS[colour]) + noise, 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(path)
             # Of different lengths, so that batches are padded differently.
             captions = (f"a {colour} square", f"this is a large square, and it is all {colour}")

@@ -10,7 +10,9 @@ from bitgen.training.losses import (
     caption_loss,
     count_caption_targets,
     count_exact_matches,
+    count_image_words,
     count_robot_labels,
+    image_word_loss,
     robot_loss,
     robot_positive_weight,
 )
@@ -118,3 +120,19 @@ def test_positive_weight_is_negatives_over_positives_within_the_cap() -> None:
         robot_positive_weight(many, ["Drone", "Diver"], cap=5.0), torch.tensor([5.0, 0.2])
     )
     assert robot_positive_weight([], []).shape == (0,)
+
+
+def test_image_word_loss_is_the_cross_entropy_with_the_words_of_rows_that_have_any() -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(3, 7, requires_grad=True)
+    ids = torch.tensor([[2, 5, 0], [0, 0, 0], [6, 0, 0]])
+    weights = torch.tensor([[0.25, 0.75, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    target = torch.zeros(3, 7)
+    target[0, 2], target[0, 5], target[2, 6] = 0.25, 0.75, 1.0
+    loss, count = image_word_loss(scores, ids, weights)
+    expected = torch.nn.functional.cross_entropy(scores[[0, 2]], target[[0, 2]], reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    assert int(count) == count_image_words(weights) == 2
+    loss.backward()
+    assert scores.grad is not None and not scores.grad[1].any()
+    assert count_image_words(torch.zeros(4, 0)) == 0

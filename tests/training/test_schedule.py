@@ -48,3 +48,13 @@ def test_it_rises_then_falls_and_stays_within_bounds(
     assert falling == sorted(falling, reverse=True)
     assert all(0 < value <= peak * (1 + 1e-9) for value in rising)
     assert all(peak * share * (1 - 1e-9) <= value <= peak * (1 + 1e-9) for value in falling)
+
+
+def test_pretraining_is_a_schedule_of_its_own_before_everything() -> None:
+    options = {"peak": 1.0, "minimum": 0.0, "warmup_steps": 4}
+    rates = [
+        learning_rate_at(step, **options, total_steps=30, pretraining_steps=10)
+        for step in range(30)
+    ]
+    assert rates[:10] == [learning_rate_at(step, **options, total_steps=10) for step in range(10)]
+    assert rates[10:] == [learning_rate_at(step, **options, total_steps=20) for step in range(20)]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from bitgen.config import BitGenConfig, TrainingConfig
 from bitgen.dataset.images import normalize_images
@@ -202,7 +203,7 @@ def test_validation_loss_is_per_token_over_the_set_whatever_the_batches(
         # No update moves the weights: the rate is as good as zero.
         training = make_training(batch_size=size, max_steps=1, learning_rate=1e-30)
         summary = workshop.trainer(
-            tmp_path / str(size), training, make_config(quantization="none")
+            tmp_path / str(size), training, make_config(quantization="none", freeze_encoder=True)
         ).train()
         assert summary.validation is not None
         found.append((summary.validation.loss, summary.validation.robot_loss))
@@ -247,14 +248,14 @@ def test_accumulated_batches_give_the_update_of_one_large_batch(
 def test_the_reported_loss_is_the_mean_over_all_tokens_of_the_update(
     workshop: Any, make_training: MakeTraining, make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    training = make_training(batch_size=5, grad_accumulation=3, max_steps=1)
+    training = make_training(batch_size=4, grad_accumulation=3, max_steps=1)
     config = make_config(quantization="none")
     made = workshop.trainer(tmp_path / "run", training, config)
     torch.manual_seed(training.seed)
     reference = BitGenModel(config)
     train_set = workshop.dataset(training, True)
     train_set.set_epoch(0)
-    order = epoch_order(len(train_set), training.seed, 0)[:15]
+    order = epoch_order(len(train_set), training.seed, 0)[:12]
     batch = train_set.collate([train_set[index] for index in order])
     logits = reference(
         batch.input_ids,
@@ -744,3 +745,32 @@ def test_speed_does_not_count_validation_saving_or_callbacks(
     assert first.images_per_second == pytest.approx(3.0)
     assert first.tokens_per_second == pytest.approx(first.tokens / 2)
     assert first.seconds_remaining == pytest.approx(10.0)
+
+
+# Word pretraining -------------------------------------------------------------------------------
+
+
+def test_word_pretraining_moves_the_image_side_alone_and_then_captions_begin(
+    workshop: Any, events: Any, make_training: MakeTraining, tmp_path: Path
+) -> None:
+    training = make_training(max_steps=5, word_pretraining_steps=3, save_every=3, batch_size=8)
+    made = workshop.trainer(tmp_path / "run", training, callback=events)
+    before = {name: value.clone() for name, value in made._model.state_dict().items()}
+    made.train()
+    after_words = load_file(tmp_path / "run/checkpoints/step_000003/model.safetensors")
+    moved = {
+        name.split(".")[0] for name in before if not torch.equal(before[name], after_words[name])
+    }
+    assert moved == {"image_encoder", "projector", "text_decoder"}
+    layers = [name for name in before if name.startswith("text_decoder.layers")]
+    assert layers and all(torch.equal(before[name], after_words[name]) for name in layers)
+    steps = events.of("step")
+    assert [step.loss is None for step in steps] == [True] * 3 + [False] * 2
+    assert all(step.image_word_loss is not None for step in steps)
+    after_captions = final_weights(tmp_path / "run")
+    assert any(not torch.equal(after_words[name], after_captions[name]) for name in layers)
+
+
+def test_word_pretraining_needs_the_image_word_loss() -> None:
+    with pytest.raises(ConfigError, match="image_word_weight"):
+        TrainingConfig(word_pretraining_steps=5, image_word_weight=0.0)

@@ -23,7 +23,8 @@ _MODEL_FIELDS = (
 _TRAINING_FIELDS = (
     "num_epochs", "max_steps", "batch_size", "grad_accumulation", "learning_rate",
     "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip", "label_smoothing",
-    "robot_loss_weight", "prompt_probability", "seed",
+    "robot_loss_weight", "image_word_weight", "word_pretraining_steps", "prompt_probability",
+    "seed",
 )  # fmt: skip
 _RUN_FIELDS = ("eval_every", "save_every", "keep_checkpoints", "precision", "device", "num_workers")
 TRAIN_OPTIONS = [

@@ -67,10 +67,11 @@ class ConsoleCallback(TrainerCallback):
         parts = [] if report.loss is None else [f"loss {report.loss:.3f}"]
         if report.robot_loss is not None:
             parts.append(f"robots {report.robot_loss:.3f}")
-        parts += [
-            f"{report.tokens_per_second:,.0f} tokens/s",
-            f"{report.images_per_second:,.0f} images/s",
-        ]
+        if report.image_word_loss is not None:
+            parts.append(f"image words {report.image_word_loss:.3f}")
+        if report.loss is not None:
+            parts.append(f"{report.tokens_per_second:,.0f} tokens/s")
+        parts.append(f"{report.images_per_second:,.0f} images/s")
         self._bar.update(
             report.step, report.total_steps, "  ".join(parts), report.seconds_remaining
         )

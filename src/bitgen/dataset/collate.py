@@ -32,12 +32,14 @@ class Sample:
         num_prefix: how many of them form the prefix, without loss; the rest are the caption.
         image: uint8 `[3, S, S]`, or None.
         robot_labels: 0/1 a robot of the catalog, or None if the sample is no robot task.
+        image_words: weight of each token that the picture's captions hold; they add up to 1.
     """
 
     input_ids: list[int]
     num_prefix: int
     image: torch.Tensor | None
     robot_labels: tuple[float, ...] | None = None
+    image_words: dict[int, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Batch:
         images: uint8 `[B, 3, H, W]`, or None if no row has a picture.
         image_mask: bool `[B]`, False = the row has no picture (zeros stand in its place).
         robot_labels: float32 `[B, R]`, NaN = no label.
+        word_ids: int64 `[B, W]`, tokens of all captions of the row's picture.
+        word_weights: float32 `[B, W]`, adding up to 1 a row; 0 = padding.
     """
 
     input_ids: torch.Tensor
@@ -61,6 +65,12 @@ class Batch:
     images: torch.Tensor | None
     image_mask: torch.Tensor
     robot_labels: torch.Tensor
+    word_ids: torch.Tensor
+    word_weights: torch.Tensor
+
+    def rows(self, chosen_B: torch.Tensor) -> Batch:
+        """The rows where bool `[B]` is True."""
+        return self._map(lambda tensor: tensor[chosen_B])
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on another device."""
@@ -90,7 +100,13 @@ class Collator:
         input_ids = torch.full((batch, length), self.pad_id)
         labels = torch.full((batch, length), IGNORED_LABEL)
         robot_labels = torch.full((batch, self.num_robots), float("nan"))
+        num_words = max(len(sample.image_words) for sample in samples)
+        word_ids = torch.zeros(batch, num_words, dtype=torch.long)
+        word_weights = torch.zeros(batch, num_words)
         for row, sample in enumerate(samples):
+            words = sample.image_words
+            word_ids[row, : len(words)] = torch.tensor(list(words), dtype=torch.long)
+            word_weights[row, : len(words)] = torch.tensor(list(words.values()))
             end = len(sample.input_ids)
             input_ids[row, :end] = torch.tensor(sample.input_ids)
             labels[row, sample.num_prefix : end] = input_ids[row, sample.num_prefix : end]
@@ -110,4 +126,6 @@ class Collator:
             images=images,
             image_mask=torch.tensor([sample.image is not None for sample in samples]),
             robot_labels=robot_labels,
+            word_ids=word_ids,
+            word_weights=word_weights,
         )

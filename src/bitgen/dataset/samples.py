@@ -5,7 +5,9 @@ caption: <|bos|> [prompt words] caption words <|eos|>     task: <|task|> words
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -56,6 +58,7 @@ class TrainingSet(Dataset[Sample]):
             for image in range(len(self._images))
             for caption in range(1 if one_each else len(self._images[image].captions))
         ]
+        self._image_words = _image_words(self._images, tokenizer) if training_mode else []
         self.collate = Collator(tokenizer.pad_id, len(self._robot_names))
 
     @property
@@ -96,6 +99,7 @@ class TrainingSet(Dataset[Sample]):
             input_ids=[self._tokenizer.bos_id, *caption_ids[:limit], *end],
             num_prefix=1 + min(num_prompt_tokens, limit - 1),
             image=self._picture(entry, " ".join(entry.captions), random),
+            image_words=self._image_words[image] if self._image_words else {},
         )
 
     def _task_sample(self, task: RobotTask, random: np.random.Generator) -> Sample:
@@ -114,6 +118,25 @@ class TrainingSet(Dataset[Sample]):
         if self._augment:
             pixels = _augmented(pixels, may_mirror=_SIDES.search(words) is None, random=random)
         return torch.from_numpy(pixels)
+
+
+def _image_words(images: Sequence[CaptionedImage], tokenizer: Tokenizer) -> list[dict[int, float]]:
+    """What each picture's captions say, as TF-IDF weights of their tokens that add up to 1.
+
+    Words that all captions share weigh nothing, those that tell pictures apart weigh most (the
+    weights of CIDEr, arXiv 1411.5726, over single tokens).
+    """
+    counts = [
+        Counter(token for caption in image.captions for token in set(tokenizer.encode(caption)))
+        for image in images
+    ]
+    frequency = Counter(token for count in counts for token in count)
+    weights = []
+    for count in counts:
+        row = {token: n * math.log(len(images) / frequency[token]) for token, n in count.items()}
+        total = sum(row.values())
+        weights.append({token: value / total for token, value in row.items() if value > 0})
+    return weights
 
 
 def _augmented(pixels_3SS: np.ndarray, may_mirror: bool, random: np.random.Generator) -> np.ndarray:

@@ -28,9 +28,9 @@ COLOURS: Mapping[str, Colour] = {
     "black": (28, 28, 32),
 }
 SIZES: Mapping[str, tuple[float, float]] = {
-    "small": (0.26, 0.28),
-    "medium": (0.34, 0.37),
-    "large": (0.44, 0.47),
+    "small": (0.30, 0.33),
+    "medium": (0.39, 0.42),
+    "large": (0.49, 0.52),
 }
 """Longer side of an object as a share of the picture's side, smallest and largest."""
 

@@ -32,13 +32,14 @@ class Attention(nn.Module):
         head_dim: int,
         quantization: str,
         eps: float,
+        branch_gain: float = 1.0,
     ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.q_proj = make_linear(hidden_size, num_heads * head_dim, quantization)
         self.k_proj = make_linear(hidden_size, num_kv_heads * head_dim, quantization)
         self.v_proj = make_linear(hidden_size, num_kv_heads * head_dim, quantization)
-        self.attn_sub_norm = RMSNorm(num_heads * head_dim, eps)
+        self.attn_sub_norm = RMSNorm(num_heads * head_dim, eps, gain=branch_gain)
         self.o_proj = make_linear(num_heads * head_dim, hidden_size, quantization)
 
     def forward(

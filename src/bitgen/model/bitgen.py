@@ -37,6 +37,7 @@ class BitGenOutput:
         attention_cache: the cache that was given, filled.
         attentions: one `[B, H, S, K]` float32 tensor a decoder layer.
         pooled: `[B, C]`, mean of the final states over the text tokens.
+        image_words: `[B, V]`, which words the image tokens alone foretell.
     """
 
     logits: torch.Tensor
@@ -44,6 +45,7 @@ class BitGenOutput:
     attention_cache: StaticCache | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     pooled: torch.Tensor | None = None
+    image_words: torch.Tensor | None = None
 
 
 class BitGenModel(nn.Module):
@@ -74,6 +76,7 @@ class BitGenModel(nn.Module):
         return_robot_selection: bool = False,
         attention_cache: StaticCache | None = None,
         return_analysis_data: bool = False,
+        return_image_words: bool = False,
     ) -> BitGenOutput:
         """Next-token logits and, where asked for, robot logits and analysis data.
 
@@ -85,17 +88,22 @@ class BitGenModel(nn.Module):
             return_robot_selection: score the robots of `set_robots`.
             attention_cache: from `new_cache`; later calls then give new tokens only.
             return_analysis_data: return attention weights and pooled states.
+            return_image_words: score the vocabulary by the mean of the image tokens.
 
         Raises:
             ValueError: shapes that do not fit, longer than `max_positions`, a cache in
                 bidirectional mode, or robots asked for before `set_robots`.
         """
         batch, text_length = input_ids.shape
-        x_BSC = self.text_decoder.embed_tokens(input_ids)
-        if images is not None:
-            x_BSC = torch.cat([self.encode_images(images).to(x_BSC.dtype), x_BSC], dim=1)
-        length = x_BSC.shape[1]
+        length = text_length + (0 if images is None else self.num_image_tokens)
         mask = self._full_mask(attention_mask, batch, text_length, length)
+        x_BSC = self.text_decoder.embed_tokens(input_ids)
+        image_words_BV = None
+        if images is not None:
+            image_BPC = self._encode_present(images, mask.valid_BK)
+            x_BSC = torch.cat([image_BPC.to(x_BSC.dtype), x_BSC], dim=1)
+            if return_image_words:
+                image_words_BV = self._words_of(image_BPC)
         past = 0 if attention_cache is None else attention_cache.length
         if past + length > self.config.max_positions:
             raise ValueError(
@@ -137,6 +145,7 @@ class BitGenModel(nn.Module):
             attention_cache=attention_cache,
             attentions=attentions if return_analysis_data else None,
             pooled=pooled_BC if return_analysis_data else None,
+            image_words=image_words_BV,
         )
 
     def encode_images(self, images_B3HW: torch.Tensor) -> torch.Tensor:
@@ -152,6 +161,29 @@ class BitGenModel(nn.Module):
             )
         tokens_BPC: torch.Tensor = self.projector(self.image_encoder(images_B3HW))
         return tokens_BPC
+
+    def image_words(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        """Which words the pictures `[B, 3, H, W]` alone foretell: scores `[B, V]`."""
+        return self._words_of(self.encode_images(images_B3HW))
+
+    def _words_of(self, image_BPC: torch.Tensor) -> torch.Tensor:
+        return self.text_decoder.lm_head(self.text_decoder.norm(image_BPC.mean(dim=1)))
+
+    def _encode_present(
+        self, images_B3HW: torch.Tensor, valid_BS: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Image tokens `[B, P, C]`; a row whose image tokens are padding is not encoded.
+
+        So a blank picture has no part in the statistics that training normalises by.
+        """
+        if valid_BS is None or bool(valid_BS[:, 0].all()):
+            return self.encode_images(images_B3HW)
+        rows = valid_BS[:, 0].nonzero().squeeze(1).to(images_B3HW.device)
+        shape = (len(images_B3HW), self.num_image_tokens, self.config.hidden_size)
+        if not len(rows):
+            return images_B3HW.new_zeros(shape)
+        encoded = self.encode_images(images_B3HW.index_select(0, rows))
+        return encoded.new_zeros(shape).index_copy(0, rows, encoded)
 
     def build_attention_mask(
         self,

@@ -20,46 +20,104 @@ from bitgen.model.masks import AttentionMask
 from bitgen.model.norm import RMSNorm
 from bitgen.model.ternary import make_linear
 
-_STEM_STRIDE = 4
+_FIRST_STEM_WIDTH, _LAST_STEM_WIDTH = 32, 256
+_GHOST_BATCH = 4
+_SMALLEST_MOMENTUM = 0.01
+_VARIANCE_FLOOR = 1e-3  # a channel that hardly varies would amplify rounding
+
+
+class GhostBatchNorm(nn.Module):
+    """Batch normalisation over fixed groups of four rows (arXiv 1705.08741).
+
+    Training from scratch, it learns shapes in half the steps that normalising each picture alone
+    takes. Because groups are fixed, gradients accumulated over small batches equal those of a large
+    one as long as the batch size is a multiple of four.
+    """
+
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_groups: torch.Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+        self.register_buffer("num_groups", torch.zeros(()))
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        statistics = (self.running_mean, self.running_var, self.weight, self.bias)
+        if not self.training:
+            return F.batch_norm(x_BCHW, *statistics, eps=_VARIANCE_FLOOR)
+        normalised = []
+        seen = int(self.num_groups)
+        for group in x_BCHW.split(_GHOST_BATCH):
+            seen += 1
+            momentum = max(1 / seen, _SMALLEST_MOMENTUM)  # a plain mean at first
+            normalised.append(F.batch_norm(group, *statistics, True, momentum, eps=_VARIANCE_FLOOR))
+        self.num_groups.fill_(seen)
+        return torch.cat(normalised)
 
 
 class ConvolutionStem(nn.Module):
-    """Two strided convolutions in float, `[B, 3, H, W] -> [B, width, H/4, W/4]`.
+    """Strided 3x3 convolutions in float, `[B, 3, H, W] -> [B, width, H / patch, W / patch]`.
 
     Early convolutions make a vision transformer easier to train from scratch (arXiv 2106.14881).
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, patch_size: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, width // 2, kernel_size=3, stride=2, padding=1)
-        self.norm1 = nn.GroupNorm(1, width // 2)
-        self.conv2 = nn.Conv2d(width // 2, width, kernel_size=3, stride=2, padding=1)
-        self.norm2 = nn.GroupNorm(1, width)
+        num_halvings = patch_size.bit_length() - 1
+        widths = [min(_FIRST_STEM_WIDTH << i, _LAST_STEM_WIDTH) for i in range(num_halvings)]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(before, width, kernel_size=3, stride=2, padding=1, bias=False)
+            for before, width in zip([3, *widths], widths, strict=False)
+        )
+        self.norms = nn.ModuleList(GhostBatchNorm(width) for width in widths)
+        self.output_width = widths[-1]
 
     def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.norm1(self.conv1(images_B3HW)))
-        return F.relu(self.norm2(self.conv2(x)))
+        x = images_B3HW
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            x = torch.relu(norm(convolution(x)))
+        return x
 
 
-class VisionTransformer(nn.Module):
-    """A ternary vision transformer, trained from scratch; its layers are the decoder's."""
+class ImageEncoder(nn.Module):
+    """What every image encoder has.
+
+    Attributes:
+        num_tokens: P, features a picture.
+        output_width: width of one feature.
+        frozen: weights and batch statistics stay as they are.
+    """
+
+    num_tokens: int
+    output_width: int
 
     def __init__(self, config: BitGenConfig) -> None:
         super().__init__()
+        self.frozen = config.freeze_encoder
+
+    def train(self, mode: bool = True) -> ImageEncoder:
+        """As `nn.Module.train`; a frozen encoder stays in evaluation mode."""
+        super().train(mode and not self.frozen)
+        return self
+
+
+class VisionTransformer(ImageEncoder):
+    """A ternary vision transformer, trained from scratch; its layers are the decoder's."""
+
+    def __init__(self, config: BitGenConfig) -> None:
+        super().__init__(config)
         width, eps = config.encoder_hidden_size, config.rms_norm_eps
-        stem_width = max(32, width // 4)
-        if config.patch_size % _STEM_STRIDE:
-            raise ConfigError(
-                f"patch_size must be a multiple of {_STEM_STRIDE}, got {config.patch_size}."
-            )
-        self.stem = ConvolutionStem(stem_width)
-        self.cells_per_patch = config.patch_size // _STEM_STRIDE
-        patch_width = stem_width * self.cells_per_patch**2
-        self.patch_norm = RMSNorm(patch_width, eps)
-        self.patch_embedding = make_linear(patch_width, width, config.quantization)
+        self.stem = ConvolutionStem(config.patch_size)
+        self.patch_norm = RMSNorm(self.stem.output_width, eps)
+        self.patch_embedding = make_linear(self.stem.output_width, width, config.quantization)
         self.num_tokens = (config.image_size // config.patch_size) ** 2
         self.position_embedding = nn.Parameter(torch.empty(1, self.num_tokens, width))
-        nn.init.normal_(self.position_embedding, std=0.02)
+        nn.init.normal_(self.position_embedding, std=0.2)
         self.layers = nn.ModuleList(
             TransformerLayer(
                 hidden_size=width,
@@ -76,26 +134,22 @@ class VisionTransformer(nn.Module):
         self.output_width = width
 
     def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
-        cells = self.stem(images_B3HW)
-        batch, width, height, _ = cells.shape
-        side, grid = self.cells_per_patch, height // self.cells_per_patch
-        patches = cells.view(batch, width, grid, side, grid, side).permute(0, 2, 4, 1, 3, 5)
-        patches_BPC = patches.reshape(batch, grid * grid, width * side * side)
-        x_BPC = self.patch_embedding(self.patch_norm(patches_BPC)) + self.position_embedding
+        patches_BPE = self.stem(images_B3HW).flatten(2).transpose(1, 2)
+        x_BPC = self.patch_embedding(self.patch_norm(patches_BPE)) + self.position_embedding
         mask = AttentionMask.bidirectional()
         for layer in self.layers:
             x_BPC, _ = layer(x_BPC, mask)
         return x_BPC
 
 
-class TorchvisionBackbone(nn.Module):
+class TorchvisionBackbone(ImageEncoder):
     """A torchvision classifier cut where it last gives a grid of features.
 
     `backbone` keeps torchvision's own parameter names, so that its published weights load by name.
     """
 
     def __init__(self, config: BitGenConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         from torchvision import models
 
         name = config.image_encoder
@@ -110,17 +164,11 @@ class TorchvisionBackbone(nn.Module):
         for head in ("fc", "classifier", "head", "heads"):
             if hasattr(self.backbone, head):
                 setattr(self.backbone, head, nn.Identity())
-        self.frozen = config.freeze_encoder
         self.eval()
         with torch.no_grad():
             probe_BPC = self(torch.zeros(1, 3, config.image_size, config.image_size))
         self.train()
         self.num_tokens, self.output_width = probe_BPC.shape[1], probe_BPC.shape[2]
-
-    def train(self, mode: bool = True) -> TorchvisionBackbone:
-        """A frozen backbone stays in evaluation mode, so that its batch statistics are kept."""
-        super().train(mode and not self.frozen)
-        return self
 
     def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         net: Any = self.backbone
@@ -146,13 +194,13 @@ class TorchvisionBackbone(nn.Module):
         return grid.flatten(2).transpose(1, 2)
 
 
-def make_image_encoder(config: BitGenConfig) -> VisionTransformer | TorchvisionBackbone:
+def make_image_encoder(config: BitGenConfig) -> ImageEncoder:
     """The encoder that `config.image_encoder` names, with random weights.
 
     Raises:
         ConfigError: neither `vit` nor a torchvision backbone that gives a grid of features.
     """
-    encoder: VisionTransformer | TorchvisionBackbone
+    encoder: ImageEncoder
     if config.image_encoder == "vit":
         encoder = VisionTransformer(config)
     else:
@@ -162,9 +210,7 @@ def make_image_encoder(config: BitGenConfig) -> VisionTransformer | TorchvisionB
     return encoder
 
 
-def load_encoder_weights(
-    encoder: VisionTransformer | TorchvisionBackbone, name: str, weights: str
-) -> None:
+def load_encoder_weights(encoder: ImageEncoder, name: str, weights: str) -> None:
     """Load published weights into an encoder.
 
     Args:

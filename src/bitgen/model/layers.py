@@ -19,6 +19,11 @@ from bitgen.model.norm import RMSNorm
 from bitgen.model.rope import RotaryTables
 from bitgen.model.ternary import linear_group, make_linear
 
+BRANCH_GAIN = 0.1
+"""Initial gain of the norm before each branch's last projection. What it scales is what the branch
+adds to the residual stream, and quantization does not undo it: with a small one a token's own
+embedding is not drowned before training begins (LayerScale, arXiv 2103.17239)."""
+
 
 def squared_relu_gate_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """`relu(gate)^2 * up` (squared ReLU: arXiv 2109.08668)."""
@@ -50,7 +55,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.gate_proj = make_linear(hidden_size, intermediate_size, quantization)
         self.up_proj = make_linear(hidden_size, intermediate_size, quantization)
-        self.ffn_sub_norm = RMSNorm(intermediate_size, eps)
+        self.ffn_sub_norm = RMSNorm(intermediate_size, eps, gain=BRANCH_GAIN)
         self.down_proj = make_linear(intermediate_size, hidden_size, quantization)
 
     def forward(self, x_BSC: torch.Tensor) -> torch.Tensor:
@@ -78,7 +83,7 @@ class TransformerLayer(nn.Module):
         super().__init__()
         self.input_layernorm = RMSNorm(hidden_size, eps)
         self.self_attn = Attention(
-            hidden_size, num_heads, num_kv_heads, head_dim, quantization, eps
+            hidden_size, num_heads, num_kv_heads, head_dim, quantization, eps, BRANCH_GAIN
         )
         self.post_attention_layernorm = RMSNorm(hidden_size, eps)
         self.mlp = FeedForward(hidden_size, intermediate_size, quantization, eps)

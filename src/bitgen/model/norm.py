@@ -40,9 +40,9 @@ class _RMSNormFunction(torch.autograd.Function):
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation over the last dimension, computed in float32."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, gain: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.full((width,), gain))
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

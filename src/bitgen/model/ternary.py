@@ -45,7 +45,7 @@ class _TernaryLinearFunction(torch.autograd.Function):
         ternary_NK = torch.cat([ternary for ternary, _ in quantized])
         scales = [scale for _, scale in quantized]
         x_quantized, token_scale = quantize_activation(x)
-        x_MK, token_scale_M1 = x_quantized.view(-1, x.shape[-1]), token_scale.view(-1, 1)
+        x_MK, token_scale_M1 = x_quantized.reshape(-1, x.shape[-1]), token_scale.reshape(-1, 1)
         ctx.save_for_backward(x_MK, token_scale_M1, ternary_NK, *scales)
         ctx.x_dtype = x.dtype
         return tuple(
@@ -134,8 +134,8 @@ class PackedTernaryLinear(nn.Module):
         """The product with an input quantized before, int8 `[..., K]` and float32 `[..., 1]`."""
         if self._ternary_NK is None or self._ternary_NK.device != self.packed.device:
             self._ternary_NK = self.ternary()
-        sums_MN = ternary_matmul(quantized.view(-1, self.in_features), self._ternary_NK)
-        output_MN = sums_MN.mul_(self.scale / token_scale.view(-1, 1))
+        sums_MN = ternary_matmul(quantized.reshape(-1, self.in_features), self._ternary_NK)
+        output_MN = sums_MN.mul_(self.scale / token_scale.reshape(-1, 1))
         return output_MN.view(*quantized.shape[:-1], self.out_features)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

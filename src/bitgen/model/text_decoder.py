@@ -20,7 +20,8 @@ class TextDecoder(nn.Module):
         super().__init__()
         self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        nn.init.normal_(self.embed_tokens.weight, std=0.02)
+        # Tied to the head: logits of half a unit, so that the first loss is that of guessing.
+        nn.init.normal_(self.embed_tokens.weight, std=0.5 * config.hidden_size**-0.5)
         self.layers = nn.ModuleList(
             TransformerLayer(
                 hidden_size=config.hidden_size,

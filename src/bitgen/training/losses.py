@@ -1,4 +1,4 @@
-"""The two losses of training, each as a sum and the count to divide it by.
+"""The losses of training, each as a sum and the count to divide it by.
 
 Sums, not means: the trainer adds them over all micro-batches of one update and divides once, so
 that accumulation and padding never change what a token weighs.
@@ -94,6 +94,30 @@ def count_exact_matches(
     right = ((robot_logits_BR > 0) == (robot_labels_BR > 0.5)) | ~labelled
     rows = labelled.any(dim=1)
     return (right.all(dim=1) & rows).sum(), rows.sum()
+
+
+def count_image_words(word_weights_BW: torch.Tensor) -> int:
+    """Number of rows that `image_word_loss` sums over."""
+    return int((word_weights_BW.sum(dim=1) > 0).sum()) if word_weights_BW.numel() else 0
+
+
+def image_word_loss(
+    image_words_BV: torch.Tensor, word_ids_BW: torch.Tensor, word_weights_BW: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of the words of a picture's captions, in nats: (sum, rows that have words).
+
+    It gives the image encoder a direct signal: the caption loss alone reaches it through the whole
+    decoder, and training from scratch then stays long at captions that fit any picture. Words as
+    labels of pictures: arXiv 1511.02251.
+
+    Args:
+        image_words_BV: scores of the vocabulary, any float dtype; summed in float32.
+        word_ids_BW: int64, the tokens.
+        word_weights_BW: float32, adding up to 1 a row, or all 0 where there are none.
+    """
+    log_probabilities_BV = image_words_BV.float().log_softmax(dim=-1)
+    loss = -(log_probabilities_BV.gather(1, word_ids_BW) * word_weights_BW).sum()
+    return loss, (word_weights_BW.sum(dim=1) > 0).sum()
 
 
 def robot_positive_weight(

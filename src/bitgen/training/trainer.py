@@ -53,7 +53,9 @@ from bitgen.training.losses import (
     caption_loss,
     count_caption_targets,
     count_exact_matches,
+    count_image_words,
     count_robot_labels,
+    image_word_loss,
     robot_loss,
     robot_positive_weight,
 )
@@ -109,6 +111,7 @@ class StepReport:
     num_epochs: int
     loss: float | None  # caption loss per valid token
     robot_loss: float | None  # per robot label
+    image_word_loss: float | None  # per picture
     grad_norm: float  # before clipping
     learning_rate: float
     tokens: int  # with a caption loss
@@ -214,6 +217,7 @@ class _Progress:
 class _Update:
     loss: float | None
     robot_loss: float | None
+    image_word_loss: float | None
     grad_norm: float
     tokens: int
     skipped: bool
@@ -453,11 +457,12 @@ class Trainer:
                     minimum=training.min_learning_rate,
                     warmup_steps=training.warmup_steps,
                     total_steps=total_steps,
+                    pretraining_steps=training.word_pretraining_steps,
                 )
                 epoch = progress.epoch + 1
+                images = sum(self._count_images(batch) for batch in batches)
                 update = self._update(batches, rate)
                 seconds = time.perf_counter() - started
-                images = sum(int(batch.image_mask.sum()) for batch in batches)
                 self._advance(batches, update, images, seconds)
                 self._report_step(update, rate, images, epoch, num_epochs, total_steps, metrics)
                 if progress.skipped_in_a_row >= _SKIPS_IN_A_ROW:
@@ -513,54 +518,93 @@ class Trainer:
     def _update(self, batches: Sequence[Batch], learning_rate: float) -> _Update:
         """One update of the weights from the gradients of all micro-batches."""
         training, optimizer, scaler = self._training, self._optimizer, self._scaler
-        num_tokens = sum(count_caption_targets(batch.labels) for batch in batches)
-        num_labels = sum(count_robot_labels(batch.robot_labels) for batch in batches)
+        counts = {"image_word": sum(count_image_words(batch.word_weights) for batch in batches)}
+        words_only = self._is_word_pretraining()
+        if not words_only:
+            counts["caption"] = sum(count_caption_targets(batch.labels) for batch in batches)
+            counts["robot"] = sum(count_robot_labels(batch.robot_labels) for batch in batches)
+        weights = {
+            "caption": 1.0,
+            "robot": training.robot_loss_weight,
+            "image_word": training.image_word_weight,
+        }
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.zero_grad(set_to_none=True)
-        caption_total = torch.zeros((), device=self.device)
-        robot_total = torch.zeros((), device=self.device)
+        totals = {name: torch.zeros((), device=self.device) for name in counts}
         for batch in batches:
-            caption_sum, robot_sum = self._losses(batch, training.label_smoothing)
-            loss = caption_sum / max(1, num_tokens)
-            caption_total += caption_sum.detach()
-            if robot_sum is not None:
-                loss = loss + training.robot_loss_weight * robot_sum / max(1, num_labels)
-                robot_total += robot_sum.detach()
-            scaler.scale(loss).backward()
+            loss = torch.zeros((), device=self.device)
+            losses = self._word_losses(batch) if words_only else self._losses(batch)
+            for name, loss_sum in losses.items():
+                loss = loss + weights[name] * loss_sum / max(1, counts[name])
+                totals[name] += loss_sum.detach()
+            if loss.requires_grad:
+                scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, training.grad_clip or math.inf)
-        # One transfer for all three: each one waits for the device.
-        caption, robot, grad_norm = torch.stack(
-            [caption_total, robot_total, norm.to(self.device, torch.float32)]
+        # One transfer for all: each one waits for the device.
+        *sums, grad_norm = torch.stack(
+            [*totals.values(), norm.to(self.device, torch.float32)]
         ).tolist()
-        finite_loss = math.isfinite(caption) and math.isfinite(robot)
+        finite_loss = all(math.isfinite(value) for value in sums)
+        means = {
+            name: value / counts[name] if counts[name] else None
+            for name, value in zip(totals, sums, strict=True)
+        }
         skipped = not (finite_loss and math.isfinite(grad_norm))
         overflowed = skipped and finite_loss and scaler.is_enabled() and scaler.get_scale() > 1
         if not skipped:
             scaler.step(optimizer)
         scaler.update()
         return _Update(
-            loss=caption / num_tokens if num_tokens else None,
-            robot_loss=robot / num_labels if num_labels else None,
+            loss=means.get("caption"),
+            robot_loss=means.get("robot"),
+            image_word_loss=means["image_word"],
             grad_norm=grad_norm,
-            tokens=num_tokens,
+            tokens=counts.get("caption", 0),
             skipped=skipped,
             overflowed=overflowed,
         )
 
-    def _losses(
-        self, batch: Batch, label_smoothing: float
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Summed caption loss, and summed robot loss where the batch has robot labels."""
-        output, batch = self._forward(batch)
-        caption_sum, _ = caption_loss(output.logits, batch.labels, label_smoothing)
-        if output.robot_logits is None:
-            return caption_sum, None
-        robot_sum, _ = robot_loss(output.robot_logits, batch.robot_labels, self._positive_weight_R)
-        return caption_sum, robot_sum
+    def _losses(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Each loss that the batch has labels for, summed."""
+        output, batch = self._forward(batch, self._training.image_word_weight > 0)
+        smoothing = self._training.label_smoothing
+        sums = {"caption": caption_loss(output.logits, batch.labels, smoothing)[0]}
+        if output.robot_logits is not None:
+            sums["robot"], _ = robot_loss(
+                output.robot_logits, batch.robot_labels, self._positive_weight_R
+            )
+        if output.image_words is not None:
+            sums["image_word"], _ = image_word_loss(
+                output.image_words, batch.word_ids, batch.word_weights
+            )
+        return sums
 
-    def _forward(self, batch: Batch) -> tuple[Any, Batch]:
+    def _is_word_pretraining(self) -> bool:
+        return self._progress.step < self._training.word_pretraining_steps
+
+    def _count_images(self, batch: Batch) -> int:
+        """How many pictures the coming update encodes."""
+        if self._is_word_pretraining():
+            return count_image_words(batch.word_weights)
+        return int(batch.image_mask.sum())
+
+    def _word_losses(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The image word loss alone, of the rows that have words; no text is read."""
+        rows = batch.word_weights.sum(dim=1) > 0
+        if batch.images is None or not rows.any():
+            return {}
+        batch = batch.rows(rows).to(self.device)
+        assert batch.images is not None
+        config = self._model.config
+        images = normalize_images(batch.images, config.image_mean, config.image_std)
+        with autocast(self.device, self.dtype):
+            scores_BV = self._model.image_words(images)
+        loss, _ = image_word_loss(scores_BV, batch.word_ids, batch.word_weights)
+        return {"image_word": loss}
+
+    def _forward(self, batch: Batch, with_image_words: bool = False) -> tuple[Any, Batch]:
         has_robot_labels = count_robot_labels(batch.robot_labels) > 0
         batch = batch.to(self.device)
         config = self._model.config
@@ -579,6 +623,7 @@ class Trainer:
                 images=images,
                 attention_mask=mask,
                 return_robot_selection=has_robot_labels,
+                return_image_words=with_image_words,
             )
         return output, batch
 
@@ -623,6 +668,7 @@ class Trainer:
             num_epochs=num_epochs,
             loss=update.loss,
             robot_loss=update.robot_loss,
+            image_word_loss=update.image_word_loss,
             grad_norm=update.grad_norm,
             learning_rate=learning_rate,
             tokens=update.tokens,
