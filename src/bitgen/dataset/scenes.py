@@ -143,9 +143,9 @@ ROBOTS_FOR: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 """Robots that suit a kind of task at a place: neither the wording nor the place decides alone."""
 
-_SHARE_OF_TWO_OBJECTS = 0.1
+_SHARE_OF_TWO_OBJECTS = 0.07
 _SHARE_OF_TWO_TASKS = 0.3
-_SHARE_WITH_TASKS = {"train": 0.35, "val": 1.0}  # of the scenes; tasks are learnt soonest
+_SHARE_WITH_TASKS = {"train": 0.2, "val": 1.0}  # of the scenes; tasks are learnt soonest
 _SHARE_OF_SIZE_WORDS = 0.35
 _CAPTIONS_PER_SCENE = 5
 _FIRST_VAL_ID = 10_000_001

@@ -78,7 +78,8 @@ class ConvolutionStem(nn.Module):
         self.output_width = widths[-1]
 
     def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
-        x = images_B3HW
+        # Channels last is the layout that convolutions and patches are read in.
+        x = images_B3HW.contiguous(memory_format=torch.channels_last)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             x = torch.relu(norm(convolution(x)))
         return x

@@ -1,8 +1,8 @@
 """Keeps glibc from giving large buffers back to the kernel between training steps.
 
 By default every activation of some MiB is mapped afresh and faulted in page by page, each step
-anew. With higher thresholds the buffers stay in the heap: a training step of `nano` on a CPU takes
-about a quarter less time (`benchmarks/training_step.py` shows it).
+anew. With higher thresholds the buffers stay in the heap, and a training step on a CPU takes less
+time (`benchmarks/training_step.py` measures how much).
 """
 
 from __future__ import annotations
