@@ -29,9 +29,9 @@ _VARIANCE_FLOOR = 1e-3  # a channel that hardly varies would amplify rounding
 class GhostBatchNorm(nn.Module):
     """Batch normalisation over fixed groups of four rows (arXiv 1705.08741).
 
-    Training from scratch, it learns shapes in half the steps that normalising each picture alone
-    takes. Because groups are fixed, gradients accumulated over small batches equal those of a large
-    one as long as the batch size is a multiple of four.
+    Training from scratch, it learns shapes sooner than normalising each picture alone does
+    (docs/training.md has the figures). Because groups are fixed, gradients accumulated over small
+    batches equal those of a large one as long as the batch size is a multiple of four.
     """
 
     running_mean: torch.Tensor
