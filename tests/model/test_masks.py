@@ -74,7 +74,7 @@ def test_rows_of_a_cached_step_are_the_last_rows_of_the_whole_mask(name: str) ->
 
 def test_nothing_is_materialised_where_the_kernel_can_say_it() -> None:
     def lowered(mask: AttentionMask, queries: int = 4, keys: int = 4) -> tuple[bool, bool]:
-        low = mask.lower(queries, keys, torch.float32, torch.device("cpu"))
+        low = mask.lower((2, 1, queries, keys), torch.float32, torch.device("cpu"))
         return low.is_causal, low.mask is not None
 
     ones = AttentionMask.padding(torch.ones(2, 4))
@@ -132,7 +132,7 @@ def test_from_tensor_refuses_what_it_cannot_know(tensor: torch.Tensor, message: 
 
 def test_a_mask_of_another_shape_is_refused_with_both_shapes() -> None:
     mask = AttentionMask.padding(torch.tensor([[1, 0, 1]]))
-    with pytest.raises(ValueError, match=r"\(1, 3\).*5 keys"):
+    with pytest.raises(ValueError, match=r"\(1, 3\).*\[B, 5\]"):
         mask.to_bool(5, 5)
     with pytest.raises(ValueError, match=r"4, 4.*5, 5"):
         AttentionMask.custom(torch.ones(4, 4, dtype=torch.bool)).to_bool(5, 5)

@@ -5,12 +5,15 @@ Shape letters: B batch, S new positions, K keys (cached and new), C width, H hea
 
 from __future__ import annotations
 
+import itertools
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from bitgen.model.cache import LayerCache
-from bitgen.model.masks import AttentionMask, LoweredMask, mask_value
+from bitgen.model.masks import AttentionMask, LoweredMask, causal_mask, mask_value
 from bitgen.model.norm import RMSNorm
 from bitgen.model.rope import RotaryTables, apply_rotary
 from bitgen.model.ternary import linear_group, make_linear
@@ -64,22 +67,7 @@ class Attention(nn.Module):
             q_BHSD, k_BHKD = apply_rotary(q_BHSD, rotary), apply_rotary(k_BHKD, rotary)
         if cache is not None:
             k_BHKD, v_BHKD = cache.update(k_BHKD, v_BHKD)
-        if self.num_kv_heads != self.num_heads:
-            groups = self.num_heads // self.num_kv_heads
-            k_BHKD = k_BHKD.repeat_interleave(groups, dim=1)
-            v_BHKD = v_BHKD.repeat_interleave(groups, dim=1)
-        lowered = mask.lower(length, k_BHKD.shape[2], q_BHSD.dtype, x_BSC.device)
-        weights = None
-        if return_weights:
-            attended, weights = _attention_with_weights(q_BHSD, k_BHKD, v_BHKD, lowered)
-        elif _is_faster_written_out(q_BHSD, k_BHKD):
-            attended, _ = _attention_with_weights(q_BHSD, k_BHKD, v_BHKD, lowered)
-        else:
-            attended = F.scaled_dot_product_attention(
-                q_BHSD, k_BHKD, v_BHKD, attn_mask=lowered.mask, is_causal=lowered.is_causal
-            )
-            if lowered.alive is not None:
-                attended = attended * lowered.alive
+        attended, weights = masked_attention(q_BHSD, k_BHKD, v_BHKD, mask, return_weights)
         merged = attended.transpose(1, 2).reshape(batch, length, self.num_heads * self.head_dim)
         return self.o_proj(self.attn_sub_norm(merged)), weights
 
@@ -87,30 +75,114 @@ class Attention(nn.Module):
         return x_BSC.view(*x_BSC.shape[:2], heads, self.head_dim).transpose(1, 2)
 
 
-def _is_faster_written_out(q_BHSD: torch.Tensor, k_BHKD: torch.Tensor) -> bool:
+def masked_attention(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKD: torch.Tensor,
+    mask: AttentionMask,
+    return_weights: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`softmax(q k^T / sqrt(D) + mask) v` (arXiv 1706.03762, equation 1), a zero row where no key
+    may be seen.
+
+    Args:
+        q_BHQD: queries.
+        k_BGKD: keys of G heads; H is a multiple of G (grouped queries, arXiv 2305.13245).
+        v_BGKD: values.
+        mask: over Q queries and K keys.
+        return_weights: written out, because the fused kernel does not show its weights.
+
+    Returns:
+        `[B, H, Q, D]` in the dtype of the values, and the weights `[B, H, Q, K]` (float32) if
+        asked for. Both paths agree up to rounding.
+
+    Raises:
+        ValueError: the mask does not fit the shapes.
+    """
+    batch, num_heads, num_queries, _ = q_BHQD.shape
+    if k_BGKD.shape[1] != num_heads:
+        groups = num_heads // k_BGKD.shape[1]
+        k_BGKD = k_BGKD.repeat_interleave(groups, dim=1)
+        v_BGKD = v_BGKD.repeat_interleave(groups, dim=1)
+    shape = (batch, num_heads, num_queries, k_BGKD.shape[2])
+    lowered = mask.lower(shape, q_BHQD.dtype, q_BHQD.device)
+    if return_weights:
+        attended, weights = _written_out(q_BHQD, k_BGKD, v_BGKD, lowered, torch.float32)
+        if lowered.alive is None:
+            return attended, weights
+        return attended.masked_fill(~lowered.alive, 0.0), weights.masked_fill(~lowered.alive, 0.0)
+    if _is_faster_written_out(q_BHQD, k_BGKD):
+        attended, _ = _written_out(q_BHQD, k_BGKD, v_BGKD, lowered, q_BHQD.dtype)
+    elif lowered.alive is None or _kernel_zeroes_dead_rows(q_BHQD.device.type, q_BHQD.dtype):
+        attended = F.scaled_dot_product_attention(
+            q_BHQD, k_BGKD, v_BGKD, attn_mask=lowered.mask, is_causal=lowered.is_causal
+        )
+        return attended, None
+    else:
+        attended = F.scaled_dot_product_attention(q_BHQD, k_BGKD, v_BGKD, attn_mask=lowered.opened)
+    if lowered.alive is not None:
+        attended = attended.masked_fill(~lowered.alive, 0.0)
+    return attended, None
+
+
+def _is_faster_written_out(q_BHQD: torch.Tensor, k_BHKD: torch.Tensor) -> bool:
     """Whether training in bf16 on a CPU takes less time with softmax written out (measured)."""
     return (
-        q_BHSD.device.type == "cpu"
-        and q_BHSD.dtype == torch.bfloat16
+        q_BHQD.device.type == "cpu"
+        and q_BHQD.dtype == torch.bfloat16
         and torch.is_grad_enabled()
-        and max(q_BHSD.shape[2], k_BHKD.shape[2]) <= _LONGEST_WRITTEN_OUT
+        and max(q_BHQD.shape[2], k_BHKD.shape[2]) <= _LONGEST_WRITTEN_OUT
     )
 
 
-def _attention_with_weights(
-    q_BHSD: torch.Tensor, k_BHKD: torch.Tensor, v_BHKD: torch.Tensor, lowered: LoweredMask
+@lru_cache
+def _kernel_zeroes_dead_rows(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether `scaled_dot_product_attention` gives a row without keys zeros and zero gradients.
+
+    Newer torch does so on a CPU and saves a pass over the output; asked once, by trying. Kernels of
+    accelerators are many, so their dead rows are always opened and zeroed.
+    """
+    if device_type != "cpu":
+        return False
+    try:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except ImportError:  # torch 2.2
+        return False
+    backends = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        for backend, num_queries in itertools.product(backends, (1, 16)):
+            qkv = torch.ones(3, 1, 2, 16, 8, dtype=dtype, requires_grad=True)
+            query, key, value = qkv[0][:, :, :num_queries], qkv[1], qkv[2]
+            allowed = torch.zeros(1, 1, num_queries, 16, dtype=torch.bool)
+            additive = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, -torch.inf)
+            for mask in (allowed, additive):
+                with sdpa_kernel(backend):
+                    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+                (gradient,) = torch.autograd.grad(attended.sum(), qkv)
+                if bool((attended != 0).any()) or bool((gradient != 0).any()):
+                    return False
+    return True
+
+
+def _written_out(
+    q_BHQD: torch.Tensor,
+    k_BHKD: torch.Tensor,
+    v_BHKD: torch.Tensor,
+    lowered: LoweredMask,
+    weights_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out, softmax in float32; the reference of the fused path."""
-    scores = (q_BHSD * q_BHSD.shape[-1] ** -0.5) @ k_BHKD.transpose(-1, -2)
+    """Attention step by step, softmax summed in float32; the reference of the fused path.
+
+    Rows without keys are left opened: the caller zeroes them.
+    """
+    scores = (q_BHQD * q_BHQD.shape[-1] ** -0.5) @ k_BHKD.transpose(-1, -2)
     lowest = mask_value(scores.dtype)
+    mask = lowered.opened
     if lowered.is_causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(future, lowest)
-    elif lowered.mask is not None and lowered.mask.dtype == torch.bool:
-        scores = scores.masked_fill(~lowered.mask, lowest)
-    elif lowered.mask is not None:
-        scores = (scores + lowered.mask).clamp(min=lowest)
-    weights = scores.softmax(dim=-1, dtype=torch.float32)
-    if lowered.alive is not None:
-        weights = weights * lowered.alive
+        mask = causal_mask(*scores.shape[-2:], 0, scores.device)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, lowest)
+    elif mask is not None:
+        scores = (scores + mask).clamp(min=lowest)
+    weights = scores.softmax(dim=-1, dtype=weights_dtype)
     return weights.to(v_BHKD.dtype) @ v_BHKD, weights

@@ -11,7 +11,7 @@ R robots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from bitgen.config import BitGenConfig
-from bitgen.model.cache import StaticCache
+from bitgen.errors import ModelFileError
+from bitgen.model.cache import AttentionCache, CacheShape, SlidingWindowCache, StaticCache
 from bitgen.model.image_encoder import make_image_encoder
-from bitgen.model.masks import AttentionMask
+from bitgen.model.masks import AttentionMask, token_positions
 from bitgen.model.projector import Projector
 from bitgen.model.robot_selector import RobotSelector
 from bitgen.model.text_decoder import TextDecoder
@@ -38,14 +39,17 @@ class BitGenOutput:
         attentions: one `[B, H, S, K]` float32 tensor a decoder layer.
         pooled: `[B, C]`, mean of the final states over the text tokens.
         image_words: `[B, V]`, which words the image tokens alone foretell.
+        image_attentions: one `[B, H, P, P]` float32 tensor a layer of the vit encoder, zeros in a
+            row whose picture is padding; empty for encoders without attention of ours.
     """
 
     logits: torch.Tensor
     robot_logits: torch.Tensor | None = None
-    attention_cache: StaticCache | None = None
+    attention_cache: AttentionCache | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     pooled: torch.Tensor | None = None
     image_words: torch.Tensor | None = None
+    image_attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class BitGenModel(nn.Module):
@@ -74,7 +78,7 @@ class BitGenModel(nn.Module):
         images: torch.Tensor | None = None,
         attention_mask: torch.Tensor | AttentionMask | None = None,
         return_robot_selection: bool = False,
-        attention_cache: StaticCache | None = None,
+        attention_cache: AttentionCache | None = None,
         return_analysis_data: bool = False,
         return_image_words: bool = False,
     ) -> BitGenOutput:
@@ -83,10 +87,13 @@ class BitGenModel(nn.Module):
         Args:
             input_ids: int64 `[B, L]`.
             images: float `[B, 3, H, W]`, normalised; their P tokens stand before the text.
-            attention_mask: `[B, L]` or `[B, 1, L]` (1 = token), a 4-D mask over text or over image
-                and text, or an `AttentionMask` over all S positions; None = all are tokens.
+            attention_mask: `[B, L]`, `[B, 1, L]` or `[B, 1, 1, L]` (1 = token), a 4-D mask over
+                text or over image and text, or an `AttentionMask` over all S positions; None = all
+                are tokens. With a cache an `AttentionMask` states the rules of the whole sequence,
+                and is given at every step.
             return_robot_selection: score the robots of `set_robots`.
-            attention_cache: from `new_cache`; later calls then give new tokens only.
+            attention_cache: from `new_cache` or `new_sliding_window_cache`; later calls then give
+                new tokens only.
             return_analysis_data: return attention weights and pooled states.
             return_image_words: score the vocabulary by the mean of the image tokens.
 
@@ -97,39 +104,24 @@ class BitGenModel(nn.Module):
         batch, text_length = input_ids.shape
         length = text_length + (0 if images is None else self.num_image_tokens)
         mask = self._full_mask(attention_mask, batch, text_length, length)
+        valid_BS = mask.known_padding
+        if valid_BS is not None:
+            valid_BS = valid_BS[:, -length:]
         x_BSC = self.text_decoder.embed_tokens(input_ids)
-        image_words_BV = None
+        image_words_BV = image_attentions = None
         if images is not None:
-            image_BPC = self._encode_present(images, mask.valid_BK)
+            image_BPC, image_attentions = self._encode_present(
+                images, valid_BS, return_analysis_data
+            )
             x_BSC = torch.cat([image_BPC.to(x_BSC.dtype), x_BSC], dim=1)
             if return_image_words:
                 image_words_BV = self._words_of(image_BPC)
-        past = 0 if attention_cache is None else attention_cache.length
-        if past + length > self.config.max_positions:
-            raise ValueError(
-                f"The sequence has {past + length} positions; this model was made for"
-                f" {self.config.max_positions} (max_positions)."
-            )
-        valid_BS = mask.valid_BK
-        positions_BS = _positions(valid_BS, length, x_BSC.device)
-        if attention_cache is not None:
-            if self.config.attention_mode == "bidirectional":
-                raise ValueError(
-                    "attention_mode is bidirectional: a later token changes every earlier state,"
-                    " so nothing can be cached."
-                )
-            attention_cache.begin_step(valid_BS, batch, length)
-            if past:
-                mask = AttentionMask.causal(past)
-                positions_BS = positions_BS + attention_cache.next_position_B[:, None]
-            if attention_cache.has_padding:
-                held_BK = attention_cache.valid_BK[:, : past + length]
-                mask = mask & AttentionMask.padding(held_BK)
+        mask, positions_BS = self._place(mask, valid_BS, attention_cache, batch, length)
         hidden_BSC, attentions = self.text_decoder(
-            x_BSC, mask, positions_BS, attention_cache, return_analysis_data
+            x_BSC, mask, positions_BS.to(x_BSC.device), attention_cache, return_analysis_data
         )
         if attention_cache is not None:
-            attention_cache.end_step(length, (positions_BS[:, -1] + 1).expand(batch))
+            attention_cache.end_step(length)
         hidden_BLC = hidden_BSC[:, length - text_length :]
         robot_logits = pooled_BC = None
         if return_robot_selection or return_analysis_data:
@@ -146,7 +138,32 @@ class BitGenModel(nn.Module):
             attentions=attentions if return_analysis_data else None,
             pooled=pooled_BC if return_analysis_data else None,
             image_words=image_words_BV,
+            image_attentions=image_attentions,
         )
+
+    def _place(
+        self,
+        mask: AttentionMask,
+        valid_BS: torch.Tensor | None,
+        cache: AttentionCache | None,
+        batch: int,
+        length: int,
+    ) -> tuple[AttentionMask, torch.Tensor]:
+        """The mask over all keys of this call, and rotary positions int64 `[B or 1, S]`."""
+        past = 0 if cache is None else cache.length
+        if past + length > self.config.max_positions and not isinstance(cache, SlidingWindowCache):
+            raise ValueError(
+                f"The sequence has {past + length} positions; this model was made for"
+                f" {self.config.max_positions} (max_positions)."
+            )
+        if cache is None:
+            return mask, _rotary_positions(valid_BS, length)
+        if self.config.attention_mode == "bidirectional":
+            raise ValueError(
+                "attention_mode is bidirectional: a later token changes every earlier state,"
+                " so nothing can be cached."
+            )
+        return cache.begin_step(mask, batch, length)
 
     def encode_images(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         """Image tokens `[B, P, C]` of normalised pictures `[B, 3, H, W]`.
@@ -154,13 +171,19 @@ class BitGenModel(nn.Module):
         Raises:
             ValueError: pictures of another shape than the config's.
         """
+        return self._encode(images_B3HW, return_weights=False)[0]
+
+    def _encode(
+        self, images_B3HW: torch.Tensor, return_weights: bool
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Image tokens, and each encoder layer's attention weights if asked for."""
         size = self.config.image_size
         if images_B3HW.dim() != 4 or images_B3HW.shape[1:] != (3, size, size):
             raise ValueError(
                 f"Expected images [B, 3, {size}, {size}], got {tuple(images_B3HW.shape)}."
             )
-        tokens_BPC: torch.Tensor = self.projector(self.image_encoder(images_B3HW))
-        return tokens_BPC
+        features_BPE, weights = self.image_encoder(images_B3HW, return_weights=return_weights)
+        return self.projector(features_BPE), weights
 
     def image_words(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         """Which words the pictures `[B, 3, H, W]` alone foretell: scores `[B, V]`."""
@@ -170,20 +193,27 @@ class BitGenModel(nn.Module):
         return self.text_decoder.lm_head(self.text_decoder.norm(image_BPC.mean(dim=1)))
 
     def _encode_present(
-        self, images_B3HW: torch.Tensor, valid_BS: torch.Tensor | None
-    ) -> torch.Tensor:
+        self, images_B3HW: torch.Tensor, valid_BS: torch.Tensor | None, return_weights: bool
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
         """Image tokens `[B, P, C]`; a row whose image tokens are padding is not encoded.
 
         So a blank picture has no part in the statistics that training normalises by.
         """
         if valid_BS is None or bool(valid_BS[:, 0].all()):
-            return self.encode_images(images_B3HW)
-        rows = valid_BS[:, 0].nonzero().squeeze(1).to(images_B3HW.device)
-        shape = (len(images_B3HW), self.num_image_tokens, self.config.hidden_size)
+            tokens_BPC, weights = self._encode(images_B3HW, return_weights)
+            return tokens_BPC, weights if return_weights else None
+        batch, device = len(images_B3HW), images_B3HW.device
+        rows = valid_BS[:, 0].nonzero().squeeze(1).to(device)
+        shape = (batch, self.num_image_tokens, self.config.hidden_size)
         if not len(rows):
-            return images_B3HW.new_zeros(shape)
-        encoded = self.encode_images(images_B3HW.index_select(0, rows))
-        return encoded.new_zeros(shape).index_copy(0, rows, encoded)
+            return images_B3HW.new_zeros(shape), () if return_weights else None
+        encoded, weights = self._encode(images_B3HW.index_select(0, rows), return_weights)
+        tokens_BPC = encoded.new_zeros(shape).index_copy(0, rows, encoded)
+        if not return_weights:
+            return tokens_BPC, None
+        return tokens_BPC, tuple(
+            layer.new_zeros(batch, *layer.shape[1:]).index_copy(0, rows, layer) for layer in weights
+        )
 
     def build_attention_mask(
         self,
@@ -203,23 +233,25 @@ class BitGenModel(nn.Module):
         """
         valid_BS = attention_mask_BL.bool()
         num_images = self.num_image_tokens if has_images else 0
+        num_images_B: torch.Tensor | int = num_images
         if num_images:
             batch = valid_BS.shape[0]
             if image_mask_B is None:
                 image_mask_B = valid_BS.new_ones(batch)
+            else:
+                num_images_B = image_mask_B.long() * num_images
             images_BP = image_mask_B.bool()[:, None].expand(batch, num_images)
             valid_BS = torch.cat([images_BP, valid_BS], dim=1)
         padding = AttentionMask.padding(valid_BS)
         if self.config.attention_mode == "bidirectional":
             return padding
-        causal = AttentionMask.causal()
-        if self.config.attention_mode == "causal":
-            return causal & padding
-        if prefix_lengths_B is None:
-            return (AttentionMask.prefix(num_images) if num_images else causal) & padding
-        # Left padding stands between image and prompt: the prefix ends behind the prompt's tokens.
-        left_padding_B = attention_mask_BL.bool().int().argmax(dim=1)
-        return AttentionMask.prefix(num_images + left_padding_B + prefix_lengths_B) & padding
+        if self.config.attention_mode == "causal" or not (
+            num_images or prefix_lengths_B is not None
+        ):
+            return AttentionMask.causal() & padding
+        if prefix_lengths_B is not None:
+            num_images_B = prefix_lengths_B + num_images_B
+        return AttentionMask.prefix(num_images_B) & padding
 
     def set_robots(
         self,
@@ -256,7 +288,7 @@ class BitGenModel(nn.Module):
         hidden_RLC, _ = self.text_decoder(
             self.text_decoder.embed_tokens(input_ids_RL),
             AttentionMask.padding(valid_RL),
-            _positions(valid_RL, valid_RL.shape[1], device),
+            _rotary_positions(valid_RL, valid_RL.shape[1]),
         )
         pooled_RC = _pool(hidden_RLC, valid_RL)
         if not self.training and not torch.is_grad_enabled():
@@ -265,15 +297,88 @@ class BitGenModel(nn.Module):
 
     def new_cache(self, batch_size: int, max_length: int) -> StaticCache:
         """An empty cache for `batch_size` rows of up to `max_length` image and text tokens."""
+        return StaticCache(self._cache_shape(batch_size), max_length)
+
+    def new_sliding_window_cache(
+        self, batch_size: int, window: int, sinks: int = 0
+    ) -> SlidingWindowCache:
+        """An empty cache for endless rows: the first `sinks` tokens and the last `window`.
+
+        Raises ValueError for window < 1, sinks < 0, or more than `max_positions` of both.
+        """
+        shape, config = self._cache_shape(batch_size), self.config
+        return SlidingWindowCache(shape, window, sinks, config.max_positions, config.rope_theta)
+
+    def _cache_shape(self, batch_size: int) -> CacheShape:
         embedding = self.text_decoder.embed_tokens.weight
-        return StaticCache(
+        return CacheShape(
             num_layers=self.config.num_layers,
             batch_size=batch_size,
             num_kv_heads=self.config.num_kv_heads,
-            max_length=max_length,
             head_dim=self.config.head_dim,
             device=embedding.device,
             dtype=embedding.dtype,
+        )
+
+    def text_tower_state_dict(self) -> dict[str, torch.Tensor]:
+        """The decoder's weights, named as transformers' `BitNetForCausalLM` names them.
+
+        Raises:
+            ValueError: the model is packed, and holds no float weights any more.
+        """
+        state = self.text_decoder.state_dict()
+        if any(name.endswith(".packed") for name in state):
+            raise ValueError("A packed model has no float weights; load the run with packed=False.")
+        tower = {f"model.{name}": tensor for name, tensor in state.items()}
+        tower["lm_head.weight"] = tower["model.embed_tokens.weight"]  # tied
+        return tower
+
+    def load_text_tower(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        """Load the decoder's weights from a state dict of transformers' `BitNetForCausalLM`.
+
+        Args:
+            state_dict: `model.embed_tokens.weight`, `model.layers.0...`, `model.norm.weight` and,
+                if it is there, `lm_head.weight`, which must equal the embedding: ours is tied.
+
+        Raises:
+            ModelFileError: names are missing or foreign, shapes differ, the head is not tied, or
+                weights are packed.
+        """
+        expected = self.text_tower_state_dict()
+        given = dict(state_dict)
+        given.setdefault("lm_head.weight", given.get("model.embed_tokens.weight", torch.empty(0)))
+        missing, foreign = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
+        if missing or foreign:
+            raise ModelFileError(
+                f"The text tower has {len(missing)} tensors missing"
+                f" (first: {(missing or ['none'])[0]}) and {len(foreign)} that it does not know"
+                f" (first: {(foreign or ['none'])[0]}).",
+                remedy="Give the state dict of a BitNetForCausalLM with float weights and as many"
+                " layers.",
+            )
+        for name, tensor in expected.items():
+            if given[name].shape != tensor.shape:
+                raise ModelFileError(
+                    f"{name} has shape {tuple(given[name].shape)}; expected {tuple(tensor.shape)}.",
+                    remedy="Make the config with the same widths, heads and vocabulary.",
+                )
+            if not given[name].is_floating_point():
+                raise ModelFileError(
+                    f"{name} holds {given[name].dtype}: packed weights.",
+                    remedy="Give float weights (the bf16 release of the model).",
+                )
+        if not torch.equal(given["lm_head.weight"], given["model.embed_tokens.weight"]):
+            raise ModelFileError(
+                "lm_head.weight differs from model.embed_tokens.weight; this decoder ties them.",
+                remedy="Give a model with tie_word_embeddings.",
+            )
+        self._encoded_robots_RC = None
+        self.text_decoder.load_state_dict(
+            {
+                name.removeprefix("model."): tensor
+                for name, tensor in given.items()
+                if name != "lm_head.weight"
+            }
         )
 
     def train(self, mode: bool = True) -> BitGenModel:
@@ -300,15 +405,14 @@ class BitGenModel(nn.Module):
         if attention_mask is None:
             ones_BL = torch.ones(batch, text_length, dtype=torch.bool)
             return self.build_attention_mask(ones_BL, has_images=has_images)
-        if attention_mask.dim() == 2 or attention_mask.shape[1:] == (1, text_length):
-            mask_BL = attention_mask.reshape(attention_mask.shape[0], -1)
-            if mask_BL.shape != (batch, text_length):
+        mask = AttentionMask.from_tensor(attention_mask)
+        if mask.valid_BK is not None:
+            if mask.valid_BK.shape != (batch, text_length):
                 raise ValueError(
                     f"attention_mask has shape {tuple(attention_mask.shape)}; expected"
                     f" {(batch, text_length)} for input_ids of that shape."
                 )
-            return self.build_attention_mask(mask_BL, has_images=has_images)
-        mask = AttentionMask.from_tensor(attention_mask)
+            return self.build_attention_mask(mask.valid_BK, has_images=has_images)
         if has_images and attention_mask.shape[-1] == text_length:
             return AttentionMask.custom(_extend_over_images(mask.custom_masks[0], length))
         return mask
@@ -327,11 +431,11 @@ def _extend_over_images(custom: torch.Tensor, length: int) -> torch.Tensor:
     return extended
 
 
-def _positions(valid_BS: torch.Tensor | None, length: int, device: torch.device) -> torch.Tensor:
+def _rotary_positions(valid_BS: torch.Tensor | None, length: int) -> torch.Tensor:
     """Rotary positions, int64 `[B or 1, S]`: tokens are counted, padding is not."""
     if valid_BS is None:
-        return torch.arange(length, device=device)[None]
-    return (valid_BS.to(device).long().cumsum(dim=1) - 1).clamp_(min=0)
+        return torch.arange(length)[None]
+    return token_positions(valid_BS).clamp(min=0)
 
 
 def _pool(hidden_BLC: torch.Tensor, valid_BL: torch.Tensor | None) -> torch.Tensor:

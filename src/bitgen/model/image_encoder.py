@@ -88,6 +88,9 @@ class ConvolutionStem(nn.Module):
 class ImageEncoder(nn.Module):
     """What every image encoder has.
 
+    `forward(images_B3HW, mask=None, return_weights=False)` gives features `[B, P, C]` and the
+    attention weights `[B, H, P, P]` of each layer of ours, if asked for.
+
     Attributes:
         num_tokens: P, features a picture.
         output_width: width of one feature.
@@ -134,13 +137,22 @@ class VisionTransformer(ImageEncoder):
         )
         self.output_width = width
 
-    def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        images_B3HW: torch.Tensor,
+        mask: AttentionMask | None = None,
+        return_weights: bool = False,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Features; `mask` says which patch may see which (None = all see all)."""
         patches_BPE = self.stem(images_B3HW).flatten(2).transpose(1, 2)
         x_BPC = self.patch_embedding(self.patch_norm(patches_BPE)) + self.position_embedding
-        mask = AttentionMask.bidirectional()
+        mask = mask or AttentionMask.bidirectional()
+        attentions = []
         for layer in self.layers:
-            x_BPC, _ = layer(x_BPC, mask)
-        return x_BPC
+            x_BPC, weights = layer(x_BPC, mask, return_weights=return_weights)
+            if weights is not None:
+                attentions.append(weights)
+        return x_BPC, tuple(attentions)
 
 
 class TorchvisionBackbone(ImageEncoder):
@@ -167,11 +179,26 @@ class TorchvisionBackbone(ImageEncoder):
                 setattr(self.backbone, head, nn.Identity())
         self.eval()
         with torch.no_grad():
-            probe_BPC = self(torch.zeros(1, 3, config.image_size, config.image_size))
+            probe_BPC, _ = self(torch.zeros(1, 3, config.image_size, config.image_size))
         self.train()
         self.num_tokens, self.output_width = probe_BPC.shape[1], probe_BPC.shape[2]
 
-    def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        images_B3HW: torch.Tensor,
+        mask: AttentionMask | None = None,
+        return_weights: bool = False,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Features, and no weights: torchvision's layers do not show theirs.
+
+        Raises:
+            ValueError: a mask, which torchvision's layers do not take.
+        """
+        if mask is not None:
+            raise ValueError(f"{type(self.backbone).__name__} takes no attention mask.")
+        return self._grid(images_B3HW), ()
+
+    def _grid(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         net: Any = self.backbone
         if hasattr(net, "encoder") and hasattr(net, "class_token"):
             tokens = net._process_input(images_B3HW)

@@ -16,10 +16,12 @@ class RotaryTables(NamedTuple):
 
 def rotary_tables(positions_BS: torch.Tensor, head_dim: int, theta: float) -> RotaryTables:
     """Tables for int64 positions `[B or 1, S]`; pair `i` turns by `position / theta^(2i/D)`."""
-    exponents = torch.arange(0, head_dim, 2, device=positions_BS.device).float() / head_dim
-    angles = positions_BS[..., None].float() * (1.0 / theta**exponents)
+    # Angles grow with the position and lose digits in float32; MPS has nothing wider.
+    dtype = torch.float32 if positions_BS.device.type == "mps" else torch.float64
+    exponents = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=dtype) / head_dim
+    angles = positions_BS[..., None].to(dtype) * (1.0 / theta**exponents)
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
-    return RotaryTables(angles.cos(), angles.sin())
+    return RotaryTables(angles.cos().float(), angles.sin().float())
 
 
 def apply_rotary(x_BHSD: torch.Tensor, tables: RotaryTables) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from bitgen.config import BitGenConfig
-from bitgen.model.cache import StaticCache
+from bitgen.model.cache import AttentionCache
 from bitgen.model.layers import TransformerLayer
 from bitgen.model.masks import AttentionMask
 from bitgen.model.norm import RMSNorm
@@ -42,7 +42,7 @@ class TextDecoder(nn.Module):
         x_BSC: torch.Tensor,
         mask: AttentionMask,
         positions_BS: torch.Tensor,
-        cache: StaticCache | None = None,
+        cache: AttentionCache | None = None,
         return_weights: bool = False,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Normalised hidden states `[B, S, C]` and, if asked for, each layer's attention weights.
