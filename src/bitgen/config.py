@@ -106,7 +106,8 @@ class BitGenConfig(_JsonConfig):
     dropout: float = _field(0.0, "Dropout on each residual branch, in training.")
     attention_mode: str = _field(
         "prefix",
-        "prefix: image and prompt see each other, the caption is causal; causal; bidirectional.",
+        "prefix: image and prompt see each other, the caption is causal; causal; bidirectional:"
+        " all see all, for a model that ranks robots and writes no captions.",
         ATTENTION_MODES,
     )
     quantization: str = _field("ternary", "Linear weights: ternary or none.", QUANTIZATIONS)

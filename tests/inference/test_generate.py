@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -391,7 +392,9 @@ def test_a_beam_of_one_is_greedy() -> None:
             model = toy_model(seed, quantization="none")
             images = toy_images(len(PROMPTS), seed)
             never_V = generation._never_mask(model, NEVER, USED_VOCABULARY)
-            logits_BV, cache = generation._read_prompts(model, images, PROMPTS, 8)
+            logits_BV, cache = generation._read_prompts(
+                model, images, PROMPTS, 8, attention_window=0
+            )
             beams = generation._beam_search(model, logits_BV, cache, never_V, EOS, 8, 1, 1.0)
             greedy = run(model, PROMPTS, images=images)
             assert [(g.tokens, g.finished) for g in beams] == [
@@ -442,7 +445,76 @@ def test_one_token_and_more_beams_than_tokens() -> None:
         assert got.finished == greedy.finished
 
 
+# Without end ------------------------------------------------------------------------------------
+
+
+def windowed_greedy(
+    model: BitGenModel, image: torch.Tensor, prompt: Sequence[int], max_tokens: int, window: int
+) -> list[int]:
+    """One row, each token from a whole forward under the window's mask, without a cache."""
+    tokens: list[int] = []
+    while len(tokens) < max_tokens:
+        ids_1L = torch.tensor([[*prompt, *tokens]])
+        mask = model.build_attention_mask(torch.ones_like(ids_1L), torch.tensor([len(prompt)]))
+        mask = mask.windowed(window, sinks=model.num_image_tokens + 4)
+        with torch.inference_mode():
+            logits = model(ids_1L, images=image[None], attention_mask=mask).logits[0, -1]
+        chosen = max([EOS, *range(5, USED_VOCABULARY)], key=lambda i: float(logits[i]))
+        if chosen == EOS:
+            break
+        tokens.append(chosen)
+    return tokens
+
+
+@pytest.mark.parametrize("window", [1, 3, 8])
+def test_a_window_equals_a_loop_under_its_mask(window: int) -> None:
+    images = toy_images(len(PROMPTS))
+    lengths = set()
+    for seed in range(5):
+        model = toy_model(seed, quantization="none")
+        got = run(model, PROMPTS, images=images, max_tokens=20, attention_window=window)
+        for generated, image, prompt in zip(got, images, PROMPTS, strict=True):
+            tokens = windowed_greedy(model, image, prompt, 20, window)
+            assert generated.tokens == tokens
+            lengths.add(len(tokens))
+    assert max(lengths) > window + 4  # the window has moved on
+
+
+@pytest.mark.parametrize("options", [{}, {"beam_size": 2}, {"temperature": 1.0}])
+def test_a_window_generates_beyond_the_positions_of_the_model(options: dict[str, Any]) -> None:
+    model = toy_model(quantization="none")
+    far = 3 * model.config.max_positions
+    got = generate(
+        model,
+        toy_images(len(PROMPTS)),
+        PROMPTS,
+        eos_id=EOS,
+        never_ids=(*NEVER, EOS),
+        vocab_size=USED_VOCABULARY,
+        max_tokens=far,
+        attention_window=8,
+        **options,
+    )
+    for generation in got:
+        assert len(generation.tokens) == far
+        assert math.isfinite(generation.log_probability)
+
+
+def test_a_window_that_does_not_fit_is_refused_with_its_range() -> None:
+    model = toy_model()
+    room = model.config.max_positions - model.num_image_tokens - 4
+    run(model, PROMPTS, attention_window=room)
+    for window in (room + 1, -1):
+        with pytest.raises(InputError, match=f"1 to {room} "):
+            run(model, PROMPTS, attention_window=window)
+
+
 # What is refused --------------------------------------------------------------------------------
+
+
+def test_a_bidirectional_model_is_asked_for_no_captions() -> None:
+    with pytest.raises(InputError, match="bidirectional"):
+        run(toy_model(attention_mode="bidirectional"), PROMPTS)
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,7 @@ class Workshop:
         training_mode: bool,
         images: list[CaptionedImage] | None = None,
         tasks: list[RobotTask] | None = None,
+        config: BitGenConfig | None = None,
     ) -> TrainingSet:
         half = NUM_IMAGES // 2 + 3
         mine = slice(None, half) if training_mode else slice(half, None)
@@ -142,7 +143,7 @@ class Workshop:
             else tasks,
             cache=self.cache,
             tokenizer=self.tokenizer,
-            config=tiny_config(),
+            config=config or tiny_config(),
             training=training,
             robot_names=[robot.name for robot in self.catalog],
             training_mode=training_mode,

@@ -140,7 +140,10 @@ def show_summary(summary: TrainingSummary, json: bool) -> None:
     if summary.curves is not None:
         rows.append(("curves", str(summary.curves)))
     console.table(("", ""), rows)
-    console.result(f"Caption pictures with: bitgen infer IMAGE --model {summary.run_dir}")
+    if summary.loss is not None:
+        console.result(f"Caption pictures with: bitgen infer IMAGE --model {summary.run_dir}")
+    else:
+        console.result(f"Rank robots with: bitgen infer --task JOB --model {summary.run_dir}")
 
 
 def _validation_words(report: ValidationReport) -> str:
@@ -151,4 +154,4 @@ def _validation_words(report: ValidationReport) -> str:
         parts.append(f"robot loss {report.robot_loss:.3f}")
     if report.robot_exact_match is not None:
         parts.append(f"robots right {report.robot_exact_match:.1%}")
-    return ", ".join(parts)
+    return ", ".join(parts) or "without captions or robot tasks that have a loss"

@@ -51,6 +51,7 @@ class TrainingSet(Dataset[Sample]):
         self._prompt_probability = training.prompt_probability if training_mode else 0.0
         self._robot_names = tuple(robot_names)
         self._image_size = config.image_size
+        self._captions_have_loss = config.attention_mode != "bidirectional"
         self._epoch = 0
         one_each = training.captions == "one" or not training_mode
         self._captions = [
@@ -95,9 +96,12 @@ class TrainingSet(Dataset[Sample]):
         caption_ids = self._tokenizer.encode(" ".join(words))
         limit = self._training.max_caption_tokens
         end = [self._tokenizer.eos_id] if len(caption_ids) < limit else []
+        input_ids = [self._tokenizer.bos_id, *caption_ids[:limit], *end]
+        # Seen from both sides, each word would be read off instead of being foretold.
+        num_prefix = 1 + min(num_prompt_tokens, limit - 1)
         return Sample(
-            input_ids=[self._tokenizer.bos_id, *caption_ids[:limit], *end],
-            num_prefix=1 + min(num_prompt_tokens, limit - 1),
+            input_ids=input_ids,
+            num_prefix=num_prefix if self._captions_have_loss else len(input_ids),
             image=self._picture(entry, " ".join(entry.captions), random),
             image_words=self._image_words[image] if self._image_words else {},
         )

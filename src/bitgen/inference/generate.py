@@ -20,7 +20,10 @@ import torch
 
 from bitgen.errors import InputError
 from bitgen.model.bitgen import BitGenModel
-from bitgen.model.cache import StaticCache
+from bitgen.model.cache import AttentionCache
+
+_TEXT_SINKS = 4
+"""Text tokens that are never forgotten: with fewer, fluency is lost (arXiv 2309.17453, table 2)."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ def generate(
     generators: Sequence[torch.Generator] | None = None,
     never_ids: Sequence[int] = (),
     vocab_size: int | None = None,
+    attention_window: int = 0,
 ) -> list[Generation]:
     """Continue each prompt until the end of text or `max_tokens`.
 
@@ -71,14 +75,22 @@ def generate(
         generators: one random generator a row, for sampling; None draws seeds from torch's own.
         never_ids: tokens that are never chosen (special tokens other than the end of text).
         vocab_size: ids from here on are never chosen (rows of the embedding without a token).
+        attention_window: tokens that each token looks back on, beside the picture and the first
+            few (attention sinks, arXiv 2309.17453). Memory then stays the same, and `max_tokens`
+            may be any number; 0 looks back on all.
 
     Returns:
         One `Generation` a row, in order.
 
     Raises:
-        InputError: an option out of range, options that exclude each other, or prompt and
-            `max_tokens` that do not fit the model's positions.
+        InputError: an option out of range, options that exclude each other, prompt and
+            `max_tokens` that do not fit the model's positions, or a bidirectional model.
     """
+    if model.config.attention_mode == "bidirectional":
+        raise InputError(
+            "This model's attention is bidirectional: it reads, but cannot write word after word.",
+            remedy="Ask it for robots, or train with attention_mode prefix or causal.",
+        )
     check_options(
         max_tokens=max_tokens,
         beam_size=beam_size,
@@ -90,7 +102,10 @@ def generate(
     if not prompt_ids:
         return []
     image_tokens = model.num_image_tokens if images is not None else 0
-    _check_lengths(prompt_ids, image_tokens, max_tokens, model.config.max_positions)
+    max_positions = model.config.max_positions
+    if attention_window:
+        _check_window(attention_window, image_tokens, max_positions)
+    _check_lengths(prompt_ids, image_tokens, 1 if attention_window else max_tokens, max_positions)
     if images is not None and len(images) != len(prompt_ids):
         raise ValueError(f"{len(images)} images, but {len(prompt_ids)} prompts.")
     if generators is not None and len(generators) != len(prompt_ids):
@@ -100,7 +115,7 @@ def generate(
     model.eval()
     try:
         never_V = _never_mask(model, never_ids, vocab_size)
-        logits_BV, cache = _read_prompts(model, images, prompt_ids, max_tokens)
+        logits_BV, cache = _read_prompts(model, images, prompt_ids, max_tokens, attention_window)
         if beam_size > 1:
             return _beam_search(
                 model, logits_BV, cache, never_V, eos_id, max_tokens, beam_size, length_penalty
@@ -172,6 +187,17 @@ def _check_lengths(
         )
 
 
+def _check_window(attention_window: int, image_tokens: int, max_positions: int) -> None:
+    room = max_positions - image_tokens - _TEXT_SINKS
+    if not 1 <= attention_window <= room:
+        raise InputError(
+            f"attention_window is {attention_window}; beside {image_tokens} image tokens and"
+            f" {_TEXT_SINKS} sinks the model has room for 1 to {room} of its {max_positions}"
+            " positions.",
+            remedy="Take a number in that range, or 0 to look back on everything.",
+        )
+
+
 def _never_mask(
     model: BitGenModel, never_ids: Sequence[int], vocab_size: int | None
 ) -> torch.Tensor:
@@ -188,7 +214,8 @@ def _read_prompts(
     images: torch.Tensor | None,
     prompt_ids: Sequence[Sequence[int]],
     max_tokens: int,
-) -> tuple[torch.Tensor, StaticCache]:
+    attention_window: int,
+) -> tuple[torch.Tensor, AttentionCache]:
     """Run pictures and prompts through the model: logits of the first token `[B, V]`, cache."""
     device = next(model.parameters()).device
     rows, longest = len(prompt_ids), max(len(ids) for ids in prompt_ids)
@@ -197,20 +224,23 @@ def _read_prompts(
     for row, ids in enumerate(prompt_ids):
         input_ids_BL[row, longest - len(ids) :] = torch.tensor(ids)
         valid_BL[row, longest - len(ids) :] = True
+    # Built on the CPU, where it is seen for free that nothing is padded.
     mask = model.build_attention_mask(
-        valid_BL.to(device),
-        prefix_lengths_B=valid_BL.sum(dim=1).to(device),
-        has_images=images is not None,
+        valid_BL, prefix_lengths_B=valid_BL.sum(dim=1), has_images=images is not None
     )
     image_tokens = model.num_image_tokens if images is not None else 0
-    cache = model.new_cache(rows, image_tokens + longest + max_tokens - 1)
+    cache: AttentionCache
+    if attention_window:
+        cache = model.new_sliding_window_cache(rows, attention_window, image_tokens + _TEXT_SINKS)
+    else:
+        cache = model.new_cache(rows, image_tokens + longest + max_tokens - 1)
     output = model(
         input_ids_BL.to(device), images=images, attention_mask=mask, attention_cache=cache
     )
     return output.logits[:, -1].float(), cache
 
 
-def _read_tokens(model: BitGenModel, tokens_B: torch.Tensor, cache: StaticCache) -> torch.Tensor:
+def _read_tokens(model: BitGenModel, tokens_B: torch.Tensor, cache: AttentionCache) -> torch.Tensor:
     """Run one more token a row through the model: logits of the next one, float32 `[B, V]`."""
     return model(tokens_B.unsqueeze(1), attention_cache=cache).logits[:, -1].float()
 
@@ -218,7 +248,7 @@ def _read_tokens(model: BitGenModel, tokens_B: torch.Tensor, cache: StaticCache)
 def _generate_one_by_one(
     model: BitGenModel,
     logits_BV: torch.Tensor,
-    cache: StaticCache,
+    cache: AttentionCache,
     never_V: torch.Tensor,
     eos_id: int,
     max_tokens: int,
@@ -304,7 +334,7 @@ class _Sampler:
 def _beam_search(
     model: BitGenModel,
     logits_BV: torch.Tensor,
-    cache: StaticCache,
+    cache: AttentionCache,
     never_V: torch.Tensor,
     eos_id: int,
     max_tokens: int,

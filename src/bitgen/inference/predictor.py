@@ -138,6 +138,7 @@ class BitGen:
         max_tokens: int = 40,
         batch_size: int = 16,
         length_penalty: float = 1.0,
+        attention_window: int = 0,
     ) -> list[Caption]:
         """Say what pictures show.
 
@@ -153,6 +154,8 @@ class BitGen:
             max_tokens: most tokens generated a picture.
             batch_size: pictures at a time.
             length_penalty: see `bitgen.inference.generate.generate`.
+            attention_window: tokens that each token looks back on beside the picture, so that
+                `max_tokens` may be any number; 0 looks back on all.
 
         Returns:
             One `Caption` a picture, in order.
@@ -196,6 +199,7 @@ class BitGen:
                 generators=generators,
                 never_ids=sorted(tokenizer.special_ids - {tokenizer.eos_id}),
                 vocab_size=tokenizer.vocab_size,
+                attention_window=attention_window,
             )
             captions += [
                 Caption(
@@ -317,15 +321,24 @@ class BitGen:
     def _tensor_of(self, pictures: Sequence[Picture | None]) -> torch.Tensor:
         """Normalised pictures, float32 `[B, 3, S, S]`; one that is None is empty."""
         config = self.config
-        size, resize = config.image_size, config.image_resize
+        size = config.image_size
         pixels_B3SS = np.zeros((len(pictures), 3, size, size), dtype=np.uint8)
         for row, picture in enumerate(pictures):
-            if isinstance(picture, Image.Image):
-                pixels_B3SS[row] = prepare_image(picture, size, resize)
-            elif picture is not None:
-                pixels_B3SS[row] = load_image(picture, size, resize)
+            if picture is not None:
+                pixels_B3SS[row] = picture_pixels(picture, config)
         pixels = torch.from_numpy(pixels_B3SS).to(self.device)
         return normalize_images(pixels, config.image_mean, config.image_std)
+
+
+def picture_pixels(picture: Picture, config: BitGenConfig) -> np.ndarray:
+    """The square that the model sees of a picture, not yet normalised: uint8 `[3, S, S]`.
+
+    Raises:
+        ImageError: not a picture, or one that is too small or too large.
+    """
+    if isinstance(picture, Image.Image):
+        return prepare_image(picture, config.image_size, config.image_resize)
+    return load_image(picture, config.image_size, config.image_resize)
 
 
 def _listed(images: Picture | Sequence[Picture]) -> list[Picture]:

@@ -263,12 +263,21 @@ class Trainer:
 
         Raises:
             DatasetError: the training set is empty.
-            ConfigError: a device or precision that this machine does not have.
+            ConfigError: a device or precision that this machine does not have, or nothing that
+                has a loss.
         """
         if len(train_set) == 0:
             raise DatasetError(
                 "The training set is empty: there is nothing to learn from.",
                 remedy="Give a data set that holds captions or robot tasks.",
+            )
+        if model.config.attention_mode == "bidirectional" and not (
+            train_set.tasks or training.image_word_weight
+        ):
+            raise ConfigError(
+                "There is nothing to learn: in bidirectional mode captions have no loss, there are"
+                " no robot tasks, and image_word_weight is 0.",
+                remedy="Give --robot_data, or take --attention_mode prefix.",
             )
         self.device = resolve_device(training.device)
         self.dtype = resolve_precision(training.precision, self.device)
@@ -423,6 +432,14 @@ class Trainer:
                 "on_warning",
                 f"Settings differ from the run's: {'; '.join(self._differences)}."
                 " The present ones are used.",
+            )
+        has_captions = len(self._train_set) > len(self._train_set.tasks)
+        if has_captions and self._model.config.attention_mode == "bidirectional":
+            self._tell(
+                "on_warning",
+                "In bidirectional mode a position sees the word that it would have to foretell:"
+                " captions have no loss. The image encoder learns their words, and the robot"
+                " selector its tasks; the model will not write captions.",
             )
         if self._training.warmup_steps >= total_steps:
             self._tell(
@@ -606,17 +623,18 @@ class Trainer:
 
     def _forward(self, batch: Batch, with_image_words: bool = False) -> tuple[Any, Batch]:
         has_robot_labels = count_robot_labels(batch.robot_labels) > 0
+        # Built before the batch is moved: to look for padding would wait for an accelerator.
+        mask = self._model.build_attention_mask(
+            batch.attention_mask,
+            batch.prefix_lengths,
+            batch.image_mask,
+            has_images=batch.images is not None,
+        )
         batch = batch.to(self.device)
         config = self._model.config
         images = batch.images
         if images is not None:
             images = normalize_images(images, config.image_mean, config.image_std)
-        mask = self._model.build_attention_mask(
-            batch.attention_mask,
-            batch.prefix_lengths,
-            batch.image_mask,
-            has_images=images is not None,
-        )
         with autocast(self.device, self.dtype):
             output = self._model(
                 batch.input_ids,
@@ -719,8 +737,11 @@ class Trainer:
         robot_part = robot / labels if labels else None
         score = (loss or 0.0) + self._training.robot_loss_weight * (robot_part or 0.0)
         progress = self._progress
-        is_best = math.isfinite(score) and (
-            progress.best_loss is None or score < progress.best_loss
+        is_judged = loss is not None or robot_part is not None
+        is_best = (
+            is_judged
+            and math.isfinite(score)
+            and (progress.best_loss is None or score < progress.best_loss)
         )
         if is_best:
             progress.best_loss, progress.best_step = score, progress.step
