@@ -495,9 +495,9 @@ def test_a_window_generates_beyond_the_positions_of_the_model(options: dict[str,
         attention_window=8,
         **options,
     )
-    for generation in got:
-        assert len(generation.tokens) == far
-        assert math.isfinite(generation.log_probability)
+    for row in got:
+        assert len(row.tokens) == far
+        assert math.isfinite(row.log_probability)
 
 
 def test_a_window_that_does_not_fit_is_refused_with_its_range() -> None:

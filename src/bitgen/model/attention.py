@@ -93,8 +93,8 @@ def masked_attention(
         return_weights: written out, because the fused kernel does not show its weights.
 
     Returns:
-        `[B, H, Q, D]` in the dtype of the values, and the weights `[B, H, Q, K]` (float32) if
-        asked for. Both paths agree up to rounding.
+        `[B, H, Q, D]` in the dtype of the values, and the weights `[B, H, Q, K]` (float32, or
+        float64 for float64) if asked for. Both paths agree up to rounding.
 
     Raises:
         ValueError: the mask does not fit the shapes.
@@ -107,7 +107,8 @@ def masked_attention(
     shape = (batch, num_heads, num_queries, k_BGKD.shape[2])
     lowered = mask.lower(shape, q_BHQD.dtype, q_BHQD.device)
     if return_weights:
-        attended, weights = _written_out(q_BHQD, k_BGKD, v_BGKD, lowered, torch.float32)
+        weights_dtype = torch.promote_types(q_BHQD.dtype, torch.float32)
+        attended, weights = _written_out(q_BHQD, k_BGKD, v_BGKD, lowered, weights_dtype)
         if lowered.alive is None:
             return attended, weights
         return attended.masked_fill(~lowered.alive, 0.0), weights.masked_fill(~lowered.alive, 0.0)
