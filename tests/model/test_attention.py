@@ -166,3 +166,16 @@ def test_torchvision_backbones_take_no_mask(make_model: MakeModel) -> None:
         assert model(torch.tensor([[5]]), images, return_analysis_data=True).image_attentions == ()
     with pytest.raises(ValueError, match="SqueezeNet takes no attention mask"):
         model.image_encoder(images, AttentionMask.causal())
+
+
+def test_a_forward_on_an_accelerator_waits_for_no_mask(make_model: MakeModel) -> None:
+    """On the meta device, where reading a value raises, with masks built on the CPU."""
+    model = make_model().to("meta")
+    ids = torch.zeros(2, 5, dtype=torch.long, device="meta")
+    images = torch.zeros(2, 3, 32, 32, device="meta")
+    valid = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    for present in (None, torch.tensor([True, False])):
+        mask = model.build_attention_mask(valid, torch.tensor([1, 2]), present)
+        output = model(ids, images, mask, return_analysis_data=True)
+        assert output.logits.device.type == "meta"
+        assert output.pooled.shape == (2, 32)
