@@ -1,12 +1,13 @@
 # make        build .venv (once, and again when pyproject.toml changes)
 # make demo   set-up, then the main job on generated scenes
 # make test   set-up, then all tests
+# make coverage   lines and branches of masks, caches and attention
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: all demo test test-fast lint format clean
+.PHONY: all demo test test-fast coverage lint format clean
 
 all: $(STAMP)
 
@@ -23,6 +24,11 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
+
+coverage: $(STAMP)
+	$(BIN)/python -m pytest tests/model --quiet --cov-branch --cov-report=term-missing \
+		--cov-fail-under=98 --cov=bitgen.model.masks --cov=bitgen.model.cache \
+		--cov=bitgen.model.attention
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

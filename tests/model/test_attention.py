@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -101,8 +102,20 @@ def test_no_mask_and_causal_are_the_bare_kernel_call() -> None:
         assert torch.equal(masked_attention(q, k, v, mask)[0], bare)
 
 
-def test_an_accelerator_is_not_trusted_to_zero_rows_without_keys() -> None:
-    assert not attention._kernel_zeroes_dead_rows("cuda", torch.float32)
+def test_a_kernel_is_trusted_to_zero_rows_without_keys_only_where_it_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    zeroes = attention._kernel_zeroes_dead_rows.__wrapped__
+    q, k, v = random_qkv(torch.float32)
+    nothing = torch.zeros(11, 11, dtype=torch.bool)
+    bare = F.scaled_dot_product_attention(q, k, v, attn_mask=nothing)
+    assert zeroes("cpu", torch.float32) == bool((bare == 0).all())
+    assert not zeroes("cuda", torch.float32)  # its kernels are many
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask: q + v.mean())
+        assert not zeroes("cpu", torch.float32)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention", None)  # as in torch 2.2
+    assert not zeroes("cpu", torch.float32)
 
 
 def test_a_mask_of_another_batch_or_head_count_is_refused_with_both_shapes() -> None:

@@ -355,3 +355,17 @@ def test_a_mask_of_another_shape_is_refused_with_both_shapes() -> None:
         mask.to_bool(5, 5)
     with pytest.raises(ValueError, match=r"4, 4.*5, 5"):
         AttentionMask.custom(torch.ones(4, 4, dtype=torch.bool)).to_bool(5, 5)
+
+
+def test_custom_masks_of_a_step_alone_are_taken_as_they_are() -> None:
+    rows = torch.rand(2, 6, generator=torch.Generator().manual_seed(0)) > 0.5
+    step = AttentionMask.custom(rows).for_cached_step(4, 2)
+    assert torch.equal(step.to_bool(2, 6)[0, 0], rows)
+
+
+def test_boolean_and_additive_customs_join() -> None:
+    bias = torch.tensor([[-1.0, -2.0], [-3.0, -torch.inf]])
+    allowed = torch.tensor([[True, False], [True, True]])
+    joined = AttentionMask.custom(bias) & AttentionMask.custom(allowed)
+    lowest = mask_value(torch.float32)
+    assert joined.to_additive(2, 2)[0, 0].tolist() == [[-1.0, lowest], [-3.0, lowest]]
