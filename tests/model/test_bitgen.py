@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from bitgen.config import BitGenConfig
+from bitgen.errors import ModelFileError
 from bitgen.model.bitgen import BitGenModel
 from bitgen.model.ternary import pack_ternary_layers
 
@@ -262,43 +263,6 @@ def test_every_weight_gets_a_gradient_from_caption_and_robot_losses() -> None:
     assert without == []
 
 
-@pytest.mark.parametrize("num_kv_heads", [4, 2])
-def test_decoder_gives_the_logits_of_transformers_bitnet(num_kv_heads: int) -> None:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    reference = transformers.BitNetForCausalLM(
-        transformers.BitNetConfig(
-            vocab_size=50,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=num_kv_heads,
-            head_dim=8,
-            rms_norm_eps=1e-5,
-            rope_theta=10000.0,
-            tie_word_embeddings=True,
-            max_position_embeddings=64,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )  # fmt: skip
-    ).eval()
-    model = make_model(attention_mode="causal", num_kv_heads=num_kv_heads)
-    state = {
-        name.removeprefix("model."): tensor
-        for name, tensor in reference.state_dict().items()
-        if name.startswith("model.")
-    }
-    model.text_decoder.load_state_dict(state)
-    ids, _ = random_input()
-    for mask in (torch.ones(3, 7), torch.tensor([[1.0] * 7, [0.0] * 2 + [1.0] * 5, [1.0] * 7])):
-        with torch.no_grad():
-            ours = model(ids, attention_mask=mask).logits
-            theirs = reference(ids, attention_mask=mask.long()).logits
-        assert (ours - theirs).abs()[mask.bool()].max() < 1e-4
-
-
 def test_image_words_come_from_the_picture_alone() -> None:
     model = make_model()
     ids, images = random_input()
@@ -338,3 +302,53 @@ def test_statistics_of_small_batches_are_those_of_a_large_one() -> None:
     # In evaluation a picture's features depend on no other picture.
     whole.eval()
     torch.testing.assert_close(whole(images)[0][:1], whole(images[:1])[0], atol=1e-5, rtol=1e-5)
+
+
+# The text tower ---------------------------------------------------------------------------------
+
+
+def test_a_text_tower_goes_out_and_comes_in_under_the_same_names() -> None:
+    source, target = make_model(), make_model()
+    for parameter in target.parameters():
+        torch.nn.init.normal_(parameter)
+    ids, images = random_input()
+    target(ids, images, return_robot_selection=True)  # robots are kept encoded
+    tower = source.text_tower_state_dict()
+    assert torch.equal(tower["lm_head.weight"], tower["model.embed_tokens.weight"])
+    assert tower["model.layers.1.self_attn.q_proj.weight"].shape == (32, 32)
+    without_head = {name: t for name, t in tower.items() if name != "lm_head.weight"}
+    target.load_text_tower(without_head)
+    assert torch.equal(target(ids).logits, source(ids).logits)
+    assert torch.equal(target.encode_robots(), source.encode_robots())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model.norm.weight": None}, "1 tensors missing .*model.norm.weight"),
+        ({"model.layers.7.mlp.bias": torch.ones(1)}, "1 that it does not know .*layers.7.mlp.bias"),
+        ({"model.norm.weight": torch.ones(31)}, r"\(31,\); expected \(32,\)"),
+        (
+            {"model.layers.0.mlp.up_proj.weight": torch.ones(48, 32, dtype=torch.uint8)},
+            "torch.uint8: packed weights",
+        ),
+        ({"lm_head.weight": torch.ones(50, 32)}, "ties them"),
+    ],
+)
+def test_a_text_tower_that_does_not_fit_is_refused_and_nothing_is_loaded(
+    change: dict[str, torch.Tensor | None], words: str
+) -> None:
+    model = make_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tower = {**{n: t + 1 for n, t in model.text_tower_state_dict().items()}, **change}
+    given = {name: tensor for name, tensor in tower.items() if tensor is not None}
+    with pytest.raises(ModelFileError, match=words):
+        model.load_text_tower(given)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_packed_model_has_no_text_tower() -> None:
+    model = make_model(quantization="ternary")
+    pack_ternary_layers(model)
+    with pytest.raises(ValueError, match="packed=False"):
+        model.text_tower_state_dict()

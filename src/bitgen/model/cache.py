@@ -122,7 +122,8 @@ def _check_prefix(
         return
     before = torch.as_tensor(before_B, device="cpu")
     after = torch.as_tensor(after_B, device="cpu")
-    if bool(((lengths_B > after) | ((lengths_B > before) & (before > 0))).any()):
+    reads_prefix = (after > before) & (lengths_B > before)
+    if bool((reads_prefix & ((before > 0) | (lengths_B > after))).any()):
         raise ValueError(
             f"The prefix ({lengths_B.tolist()} tokens) must be read in one step, because its"
             f" tokens see each other; this step reads tokens {before.tolist()} to {after.tolist()}."
