@@ -38,6 +38,7 @@ from bitgen.model.masks import AttentionMask
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCES = {"fp32": 1e-5, "bf16": 3e-2, "fp16": 4e-3}
 MOST_CAUSAL, MOST_PADDED = 1.03, 1.05
+FEWEST_CALLS = 9
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -83,7 +84,10 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--head_dim", type=int, default=64, help="width D of a head")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 1024], help="S")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp32", "bf16"])
-    parser.add_argument("--calls", type=int, default=40, help="timed calls of each case")
+    parser.add_argument("--calls", type=int, default=60, help="most timed calls of each case")
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, help="for one row; fewer calls where they are long"
+    )
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
     return parser.parse_args()
 
@@ -151,7 +155,9 @@ def measure(
     )
     with torch.set_grad_enabled(backward):
         chosen = attention._is_faster_written_out(q, k)
-        times = interleave(cases, arguments.calls, warm_up=3)
+        sweep = sum(one_call for case in cases.values() for one_call in (case(), case())) / 2
+        calls = max(FEWEST_CALLS, min(arguments.calls, int(arguments.seconds / sweep)))
+        times = interleave(cases, calls, warm_up=1)
     median = {name: statistics.median(values) for name, values in times.items()}
     return {
         "precision": precision,
@@ -167,6 +173,7 @@ def measure(
         "bare_causal_s": median["bare causal"],
         "bare_padded_s": median["bare padded"],
         "mask_s": median["mask"],
+        "calls": calls,
     }
 
 

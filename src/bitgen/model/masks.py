@@ -84,6 +84,28 @@ class LoweredMask:
                 return self.mask | ~self.alive
             return self.mask.masked_fill(~self.alive, 0.0)
 
+    @cached_property
+    def added(self) -> torch.Tensor | None:
+        """`opened` as what is added to scores, of which -inf forbids: float, bfloat16 for bool.
+
+        One addition, whose gradient is free; bfloat16 holds both of its numbers exactly.
+        """
+        if self.opened is None or self.opened.dtype != torch.bool:
+            return self.opened
+        return _bias_of(self.opened)
+
+
+def _bias_of(allowed: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode(False):
+        bias = torch.zeros(allowed.shape, dtype=torch.bfloat16, device=allowed.device)
+        return bias.masked_fill_(~allowed, -torch.inf)
+
+
+@lru_cache(maxsize=32)
+def causal_bias(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
+    """The causal mask `[Q, K]` as `LoweredMask.added` has it; kept."""
+    return _bias_of(causal_mask(num_queries, num_keys, 0, device))
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionMask:
@@ -320,12 +342,14 @@ class AttentionMask:
             ValueError: padding or a custom mask does not have this many queries or keys.
         """
         self._check_shapes((-1, -1, num_queries, num_keys))
+        device = torch.device(device)
         q, k = self._positions(num_queries, num_keys, device)
-        allowed = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=device)
-        if self.has_padding or self.positions is not None:
-            allowed = allowed & (q >= 0) & (k >= 0)
+        allowed = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
         if self.is_causal:
-            causal = k <= q
+            if self.positions is None:  # tokens stand in the order of their columns
+                causal = causal_mask(num_queries, num_keys, self.query_offset, device)[None, None]
+            else:
+                causal = k <= q
             if self.prefix_lengths_B is not None:
                 lengths = self.prefix_lengths_B.to(device).view(-1, 1, 1, 1)
                 causal = causal | ((k < lengths) & (q < lengths))
@@ -335,7 +359,9 @@ class AttentionMask:
         for custom in self.custom_masks:
             custom = custom.to(device)
             allowed = allowed & (custom if custom.dtype == torch.bool else custom > FORBIDDING)
-        return allowed
+        if self.has_padding or self.positions is not None:
+            allowed = allowed & (k >= 0) & (q >= 0)
+        return allowed.expand(*allowed.shape[:2], num_queries, num_keys)
 
     def to_additive(
         self,
@@ -372,9 +398,9 @@ class AttentionMask:
         self._check_shapes(shape)
         num_queries, num_keys = shape[2:]
         mask = self._without_idle_terms(num_queries, num_keys)
-        # Every query then stands at a column of its own, which it may see.
-        is_plain = not (mask.has_padding or mask.custom_masks or mask.positions is not None)
-        if is_plain and not mask.windows:
+        if not (
+            mask.has_padding or mask.custom_masks or mask.windows or mask.positions is not None
+        ):
             if not mask.is_causal:
                 return LoweredMask()
             if mask.prefix_lengths_B is None:
@@ -384,10 +410,12 @@ class AttentionMask:
                 return LoweredMask(mask=causal_mask(num_queries, num_keys, offset, device))
         allowed = mask.to_bool(num_queries, num_keys, device)
         alive = None
-        if not is_plain:
+        if mask.custom_masks or mask.positions is not None:
             alive = allowed.any(dim=-1, keepdim=True)
-            if alive.device.type == "cpu" and bool(alive.all()):
-                alive = None
+        elif mask.has_padding:
+            alive = mask._positions(num_queries, num_keys, device)[0] >= 0  # each sees itself
+        if alive is not None and alive.device.type == "cpu" and bool(alive.all()):
+            alive = None
         if all(custom.dtype == torch.bool for custom in mask.custom_masks):
             return LoweredMask(mask=allowed, alive=alive)
         additive = mask.to_additive(num_queries, num_keys, dtype, device)
