@@ -15,6 +15,7 @@ from PIL import Image
 
 from bitgen.dataset.robots import load_catalog
 from bitgen.export.safetensors import load_artifact
+from bitgen.inference.heatmap import group_words
 from bitgen.inference.predictor import BitGen
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -211,6 +212,67 @@ def test_exported_file_answers_the_same(
     assert run(*arguments, exported).json_lines() == run(*arguments, trained).json_lines()
 
 
+def test_heat_maps_of_each_picture_beside_its_caption(
+    run, exported: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    same_stem = tmp_path / "other" / pictures[0].with_suffix(".webp").name
+    same_stem.parent.mkdir()
+    Image.new("RGB", (40, 30), "red").save(same_stem)
+    bad = tmp_path / "bad.png"
+    bad.write_text("no picture")
+    maps = tmp_path / "new" / "maps"
+    finished = run(
+        *("infer", pictures[0], bad, same_stem, pictures[1], "--model", exported),
+        *("--max_tokens", 4, "--batch_size", 2, "--prompt", "A", "--heatmap", maps),
+    )
+    assert finished.code == 2
+    assert str(bad) in finished.stderr
+    stem = pictures[0].stem
+    folders = [maps / stem, maps / f"{stem}_2", maps / pictures[1].stem]
+    lines = finished.stdout.splitlines()
+    assert [line for line in lines if "sheet.png" in line] == [
+        f"  heat maps: {folder / 'sheet.png'}" for folder in folders
+    ]
+    assert sorted(maps.iterdir()) == sorted(folders)
+    captions = BitGen.load(exported).caption(
+        [pictures[0], same_stem, pictures[1]], prompt="A", max_tokens=4
+    )
+    for folder, caption in zip(folders, captions, strict=True):
+        names = sorted(path.name for path in folder.iterdir())
+        assert len(names) == 1 + len(group_words(caption.tokens))
+        assert names[-1] == "sheet.png"
+        for name in names:
+            with Image.open(folder / name) as page:
+                page.load()
+
+
+def test_heat_maps_leave_the_json_lines_alone(
+    run, trained: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    arguments = ("infer", *pictures[:3], "--model", trained, "--json", "--max_tokens", 3)
+    plain = run(*arguments)
+    mapped = run(*arguments, "--heatmap", tmp_path / "maps")
+    assert (mapped.code, mapped.stdout, mapped.stderr) == (0, plain.stdout, plain.stderr)
+    assert all((tmp_path / "maps" / path.stem / "sheet.png").is_file() for path in pictures[:3])
+
+
+def test_places_for_heat_maps_are_checked_before_a_model_is_loaded(
+    run, pictures: list[Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for place in (file, file / "below"):
+        finished = run("infer", pictures[0], "--model", tmp_path / "no_model", "--heatmap", place)
+        assert (finished.code, finished.stdout) == (2, "")
+        assert str(place) in finished.stderr
+        assert "no_model" not in finished.stderr
+    assert file.read_text() == "mine"
+    no_picture = run("infer", "--task", TASK, "--model", tmp_path, "--heatmap", tmp_path / "maps")
+    assert (no_picture.code, no_picture.stdout) == (2, "")
+    assert "--heatmap" in no_picture.stderr
+    assert not (tmp_path / "maps").exists()
+
+
 def test_export_report_and_output_that_exists(run, trained: Path, tmp_path: Path) -> None:
     output = tmp_path / "model.safetensors"
     report = run("export", "--model", trained, "--output", output, "--json").json()
@@ -322,3 +384,36 @@ def test_infer_opens_no_socket_and_unpickles_nothing(
     )
     assert finished.returncode == 0, finished.stderr
     assert json.loads(finished.stdout)["image"] == str(pictures[0])
+
+
+def test_a_window_lets_captions_be_of_any_length(run, make_run, pictures: list[Path]) -> None:
+    model = ("--model", make_run(), "--max_tokens", 400, "--json")
+    refused = run("infer", pictures[0], *model)
+    assert refused.code == 2 and "has room for" in refused.stderr
+    finished = run("infer", pictures[0], *model, "--attention_window", 12)
+    assert (finished.code, finished.stderr) == (0, "")
+    assert math.isfinite(finished.json()["log_probability"])
+    both = run("infer", pictures[0], *model, "--attention_window", 12, "--heatmap", "maps")
+    assert both.code == 2 and "one of them" in both.stderr
+    too_wide = run("infer", pictures[0], *model, "--attention-window", 400)
+    assert too_wide.code == 2 and "attention_window is 400" in too_wide.stderr
+
+
+def test_a_bidirectional_model_ranks_robots_and_says_that_it_writes_no_captions(
+    run, scenes: Path, small_training: list[str], tmp_path: Path, pictures: list[Path]
+) -> None:
+    model = tmp_path / "both_ways"
+    trained = run(
+        *("train", "--coco_data", scenes, "--robot_data", scenes / "robots_train.json"),
+        *("--output_dir", model, "--attention_mode", "bidirectional", *small_training),
+    )
+    assert trained.code == 0
+    assert "captions have no loss" in trained.stderr
+    assert "Rank robots with" in trained.stdout and "Caption pictures" not in trained.stdout
+    refused = run("infer", pictures[0], "--model", model)
+    assert refused.code == 2 and "writes no captions" in refused.stderr
+    line = run("infer", pictures[0], "--model", model, "--task", TASK, "--json").json()
+    assert line["caption"] is None and line["tokens"] is None
+    assert len(line["robots"]) == len(load_catalog(model / "robots.json"))
+    listing = run("infer", pictures[0], "--model", model, "--task", TASK).stdout
+    assert listing.startswith(f"{pictures[0]}\n  ") and "%" in listing

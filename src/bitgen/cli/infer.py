@@ -66,10 +66,27 @@ def infer(
     max_tokens: Annotated[
         int, typer.Option("--max_tokens", help="Longest caption, in tokens.")
     ] = 40,
+    attention_window: Annotated[
+        int,
+        typer.Option(
+            "--attention_window",
+            help="Tokens that each token looks back on, beside the picture and the first four;"
+            " memory then stays the same and --max_tokens may be any number. 0: all.",
+        ),
+    ] = 0,
     batch_size: Annotated[int, typer.Option("--batch_size", help="Pictures at a time.")] = 16,
     device: Annotated[
         str, typer.Option("--device", metavar="|".join(DEVICES), help="Where to run.")
     ] = "auto",
+    heatmap: Annotated[
+        Path | None,
+        typer.Option(
+            "--heatmap",
+            metavar="DIR",
+            help="Draw there, in a folder for each picture, where on it the decoder's attention lay"
+            " for each word. It shows where the layers looked, not why they answered so.",
+        ),
+    ] = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a line, in input order.")
     ] = False,
@@ -87,13 +104,32 @@ def infer(
     if task is not None and not task.strip():
         raise InputError("--task is empty.", remedy='Say the job: --task "bring the red ball".')
     paths = find_images(images or [])
+    if heatmap is not None and not paths:
+        raise InputError("--heatmap draws on pictures, and none is given.")
+    if heatmap is not None and attention_window:
+        raise InputError(
+            "--heatmap draws attention over the whole caption, --attention_window cuts it off:"
+            " give one of them."
+        )
     source = model_or_newest_run(model)
 
+    from bitgen.inference.heatmap import attention_maps, draw_maps, patch_grid, plan_folders
     from bitgen.inference.predictor import BitGen
 
+    folders: list[Path] | list[None] = [None] * len(paths)
+    if heatmap is not None:
+        folders = plan_folders(heatmap, paths)
     bitgen = BitGen.load(source, device=device)
+    grid = None if heatmap is None else patch_grid(bitgen)
     if task is not None and not bitgen.config.robot_names:
         console.warning("This model was trained without robot tasks: its ranking means nothing.")
+    reads_only = bitgen.config.attention_mode == "bidirectional"
+    if reads_only and (task is None or heatmap is not None):
+        raise InputError(
+            "This model's attention is bidirectional: it ranks robots, but writes no captions.",
+            remedy="Ask with --task and without --heatmap, or take a model of another"
+            " --attention_mode.",
+        )
     if not paths:
         assert task is not None
         _show(Answer(None, None, bitgen.select_robots(task)), json)
@@ -101,33 +137,45 @@ def infer(
     num_bad = 0
     for start in range(0, len(paths), batch_size):
         readable = []
-        for path, picture in _read_pictures(paths[start : start + batch_size], bitgen.config):
+        batch = slice(start, start + batch_size)
+        read = _read_pictures(paths[batch], bitgen.config)
+        for (path, picture), folder in zip(read, folders[batch], strict=True):
             if isinstance(picture, ImageError):
                 console.error(picture.message, picture.remedy)
                 num_bad += 1
             else:
-                readable.append((path, picture))
+                readable.append((path, picture, folder))
         if not readable:
             continue
-        pictures = [picture for _, picture in readable]
-        captions = bitgen.caption(
-            pictures,
-            prompt=prompt,
-            beam_size=beam_size,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            max_tokens=max_tokens,
-            batch_size=batch_size,
-        )
+        pictures = [picture for _, picture, _ in readable]
+        captions: list[Caption] | list[None] = [None] * len(pictures)
+        if not reads_only:
+            captions = bitgen.caption(
+                pictures,
+                prompt=prompt,
+                beam_size=beam_size,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                max_tokens=max_tokens,
+                batch_size=batch_size,
+                attention_window=attention_window,
+            )
         ranked: list[list[RobotChoice]] | list[None] = [None] * len(pictures)
         if task is not None:
             ranked = bitgen.select_robots_batch(
                 [task] * len(pictures), pictures, batch_size=batch_size
             )
-        for (path, _), caption, robots in zip(readable, captions, ranked, strict=True):
+        for (path, picture, folder), caption, robots in zip(
+            readable, captions, ranked, strict=True
+        ):
             _show(Answer(path, caption, robots), json)
+            if folder is None or caption is None:
+                continue
+            sheet = draw_maps(attention_maps(bitgen, picture, caption, prompt, grid), folder)
+            if not json:
+                console.result(f"  heat maps: {sheet}")
     if num_bad:
         if len(paths) > 1:
             console.error(f"{num_bad} of {len(paths)} pictures could not be read.")
@@ -215,7 +263,9 @@ def _show(answer: Answer, json: bool) -> None:
             ]
         console.json(line)
         return
+    if answer.image is not None:
+        console.result(str(answer.image))
     if caption is not None:
-        console.result(f"{answer.image}\n  {caption.text}")
+        console.result(f"  {caption.text}")
     for robot in robots or ():
         console.result(f"  {robot.probability:6.1%}  {robot.name}")

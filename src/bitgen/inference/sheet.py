@@ -1,4 +1,4 @@
-"""A picture sheet: pictures in a grid, lines of text under each."""
+"""A picture sheet: pictures in a grid, lines of text under each; and PNGs written whole."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from bitgen.errors import DiskFullError, ImageError, InputError
 
-_MARGIN = 16
-_LINE_HEIGHT = 18
-_PAPER = (255, 255, 255)
-_FIRST_INK = (24, 28, 34)
-_OTHER_INK = (92, 100, 112)
+MARGIN = 16
+LINE_HEIGHT = 18
+PAPER = (255, 255, 255)
+FIRST_INK = (24, 28, 34)
+OTHER_INK = (92, 100, 112)
 _FRAME = (216, 220, 226)
 _DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
-_Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 @dataclass(frozen=True)
 class SheetItem:
     """One picture and the lines under it; the first line is set darker than the others."""
 
-    image: Path
+    image: Path | Image.Image
     lines: Sequence[str] = field(default_factory=tuple)
 
 
@@ -43,6 +44,11 @@ def draw_sheet(
     Raises InputError for no items or columns < 1, ImageError for a picture that cannot be read,
     DiskFullError if the disk is full.
     """
+    save_png(lay_out(items, columns, picture_side), Path(output), "picture sheet")
+
+
+def lay_out(items: Sequence[SheetItem], columns: int, picture_side: int) -> Image.Image:
+    """The sheet that `draw_sheet` writes; raises what it raises, the full disk aside."""
     if not items:
         raise InputError("A picture sheet needs at least one picture.")
     if columns < 1 or picture_side < 16:
@@ -57,32 +63,33 @@ def draw_sheet(
         range(start, min(start + columns, len(items))) for start in range(0, len(items), columns)
     ]
     row_heights = [
-        picture_side + 8 + _LINE_HEIGHT * max(len(texts[index]) for index in row) + _MARGIN
+        picture_side + 8 + LINE_HEIGHT * max(len(texts[index]) for index in row) + MARGIN
         for row in rows
     ]
-    width = _MARGIN + columns * (picture_side + _MARGIN)
-    sheet = Image.new("RGB", (width, _MARGIN + sum(row_heights)), _PAPER)
+    width = MARGIN + columns * (picture_side + MARGIN)
+    sheet = Image.new("RGB", (width, MARGIN + sum(row_heights)), PAPER)
     draw = ImageDraw.Draw(sheet)
-    top = _MARGIN
+    top = MARGIN
     for row, height in zip(rows, row_heights, strict=True):
         for column, index in enumerate(row):
-            left = _MARGIN + column * (picture_side + _MARGIN)
+            left = MARGIN + column * (picture_side + MARGIN)
             _paste(sheet, draw, items[index].image, left, top, picture_side)
             for number, (line, ink) in enumerate(texts[index]):
-                y = top + picture_side + 8 + number * _LINE_HEIGHT
+                y = top + picture_side + 8 + number * LINE_HEIGHT
                 draw.text((left, y), line, fill=ink, font=font)
         top += height
-    _save(sheet, Path(output))
+    return sheet
 
 
 def _paste(
-    sheet: Image.Image, draw: ImageDraw.ImageDraw, path: Path, left: int, top: int, side: int
+    sheet: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    image: Path | Image.Image,
+    left: int,
+    top: int,
+    side: int,
 ) -> None:
-    try:
-        with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path} cannot be read as a picture: {error}") from error
+    picture = image if isinstance(image, Image.Image) else _read(image)
     picture = ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS)
     corner = (left + (side - picture.width) // 2, top + (side - picture.height) // 2)
     sheet.paste(picture, corner)
@@ -90,18 +97,26 @@ def _paste(
     draw.rectangle((*corner, right, bottom), outline=_FRAME)
 
 
+def _read(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{path} cannot be read as a picture: {error}") from error
+
+
 def _wrapped(
-    lines: Sequence[str], font: _Font, width: int
+    lines: Sequence[str], font: Font, width: int
 ) -> list[tuple[str, tuple[int, int, int]]]:
     """(text, colour) of each printed line, none wider than `width` pixels."""
     wrapped = []
     for number, line in enumerate(lines):
-        ink = _FIRST_INK if number == 0 else _OTHER_INK
+        ink = FIRST_INK if number == 0 else OTHER_INK
         wrapped += [(part, ink) for part in wrap_line(line, font, width)]
     return wrapped
 
 
-def wrap_line(line: str, font: _Font, width: int) -> list[str]:
+def wrap_line(line: str, font: Font, width: int) -> list[str]:
     """Break a line between words, and within a word only where one alone is too wide."""
     parts: list[str] = []
     current = ""
@@ -122,7 +137,20 @@ def wrap_line(line: str, font: _Font, width: int) -> list[str]:
     return [*parts, current]
 
 
-def _save(sheet: Image.Image, output: Path) -> None:
+def save_png(
+    image: Image.Image, output: Path, what: str, info: PngInfo | None = None, optimize: bool = True
+) -> None:
+    """Write a PNG that appears whole or not at all; folders are made, a file there is replaced.
+
+    Args:
+        image: what to write.
+        output: the file.
+        what: its name in messages, such as "picture sheet".
+        info: text chunks to write with it.
+        optimize: take longer for a smaller file.
+
+    Raises DiskFullError if the disk is full, InputError if it cannot be written for other reasons.
+    """
     temporary: Path | None = None
     try:
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -131,16 +159,16 @@ def _save(sheet: Image.Image, output: Path) -> None:
         )
         temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
-            sheet.save(file, format="PNG", optimize=True)
+            image.save(file, format="PNG", optimize=optimize, pnginfo=info)
         temporary.chmod(0o644)
         os.replace(temporary, output)
     except OSError as error:
         if error.errno in _DISK_FULL:
             raise DiskFullError(
-                f"The disk is full: the picture sheet could not be written to {output}.",
+                f"The disk is full: the {what} could not be written to {output}.",
                 remedy="Make room, or choose another folder.",
             ) from error
-        raise InputError(f"The picture sheet cannot be written to {output}: {error}") from error
+        raise InputError(f"The {what} cannot be written to {output}: {error}") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
