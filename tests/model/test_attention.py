@@ -95,6 +95,19 @@ def test_the_path_chosen_for_training_in_bfloat16_equals_the_kernel(
     torch.testing.assert_close(chosen, fused, atol=3e-2, rtol=3e-2)
 
 
+def test_softmax_is_written_out_only_where_that_is_faster_and_fits() -> None:
+    def is_written_out(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> bool:
+        q = torch.empty(1, dtype=dtype).expand(shape)
+        return attention._is_faster_written_out(q, q)
+
+    assert is_written_out((8, 8, 256, 64))
+    assert not is_written_out((8, 8, 1024, 64))
+    assert not is_written_out((2048, 8, 256, 64))  # 2 GiB of weights a layer
+    assert not is_written_out((8, 8, 256, 64), torch.float32)
+    with torch.no_grad():
+        assert not is_written_out((8, 8, 256, 64))
+
+
 def test_no_mask_and_causal_are_the_bare_kernel_call() -> None:
     q, k, v = (tensor.detach() for tensor in random_qkv(torch.float32))
     for mask, is_causal in ((AttentionMask.bidirectional(), False), (AttentionMask.causal(), True)):

@@ -97,6 +97,30 @@ def test_padding_tokens_and_blank_pictures_change_nothing_bit_for_bit() -> None:
     assert torch.equal(first.robot_logits, second.robot_logits)
 
 
+@pytest.mark.parametrize("mode", ["prefix", "causal", "bidirectional"])
+def test_a_row_that_is_all_padding_stays_finite_and_alone(mode: str) -> None:
+    model = make_model(attention_mode=mode).train()
+    ids, images = random_input()
+    valid = torch.tensor([[1] * 7, [0] * 7, [1] * 7])
+    mask = model.build_attention_mask(valid, image_mask_B=torch.tensor([True, False, True]))
+    output = model(ids, images, mask, return_robot_selection=True)
+    assert output.logits.isfinite().all() and output.robot_logits.isfinite().all()
+    model.zero_grad()
+    output.logits[[0, 2]].square().sum().backward()
+    with_empty_row = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert all(gradient.isfinite().all() for gradient in with_empty_row.values())
+    others = make_model(attention_mode=mode).train()
+    mask = others.build_attention_mask(valid[[0, 2]])
+    logits = others(ids[[0, 2]], images[[0, 2]], mask).logits
+    torch.testing.assert_close(logits, output.logits[[0, 2]], atol=1e-5, rtol=1e-5)
+    logits.square().sum().backward()
+    for name, parameter in others.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(
+                with_empty_row[name], parameter.grad, atol=2e-4, rtol=1e-4, msg=name
+            )
+
+
 def test_a_row_without_picture_answers_as_text_alone() -> None:
     model = make_model()
     ids, images = random_input()

@@ -112,10 +112,14 @@ def test_rules_count_tokens_wherever_padding_stands(name: str, side: str) -> Non
     assert torch.equal(expanded(padded, 3, 6, 6), by_loops(of_tokens, 3, 6, 6))
 
 
-def test_lengths_are_right_padding() -> None:
-    mask = AttentionMask.from_lengths(torch.tensor(LENGTHS), 6)
+def test_lengths_are_padding_on_one_side() -> None:
+    right = AttentionMask.from_lengths(torch.tensor(LENGTHS), 6)
     expected = by_loops(lambda b, q, k: q < LENGTHS[b] and k < LENGTHS[b], 3, 6, 6)
-    assert torch.equal(expanded(mask, 3, 6, 6), expected)
+    assert torch.equal(expanded(right, 3, 6, 6), expected)
+    left = AttentionMask.from_lengths(LENGTHS, 6, side="left")
+    expected = by_loops(lambda b, q, k: min(q, k) >= 6 - LENGTHS[b], 3, 6, 6)
+    assert torch.equal(expanded(left, 3, 6, 6), expected)
+    assert not AttentionMask.from_lengths([6, 6], 6).has_padding
 
 
 @pytest.mark.parametrize("side", [None, *SIDES])
@@ -311,6 +315,9 @@ def test_from_tensor_refuses_what_it_cannot_know(tensor: torch.Tensor, message: 
         (lambda: AttentionMask.sliding_window(0), "window >= 1"),
         (lambda: AttentionMask.causal().windowed(2, -1), "sinks >= 0"),
         (lambda: AttentionMask.padding(torch.ones(4)), r"\(4,\)"),
+        (lambda: AttentionMask.from_lengths([[2]], 4), r"\(1, 1\)"),
+        (lambda: AttentionMask.from_lengths([2, 5], 4), r"0 to 4 .*\[2, 5\]"),
+        (lambda: AttentionMask.from_lengths([2], 4, side="top"), "'top'"),
         (lambda: AttentionMask.custom(torch.ones(4)), r"\(4,\)"),
         (lambda: AttentionMask.custom(torch.ones(4, 4).long()), "int64"),
         (lambda: AttentionMask.causal(2) & AttentionMask.causal(3), "2 and 3"),

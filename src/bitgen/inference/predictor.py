@@ -276,11 +276,11 @@ class BitGen:
         mask = self.model.build_attention_mask(
             valid_BL,
             prefix_lengths_B=valid_BL.sum(dim=1),
-            image_mask_B=torch.tensor(image_mask, device=self.device) if has_images else None,
+            image_mask_B=torch.tensor(image_mask) if has_images else None,
             has_images=has_images,
         )
         output = self.model(
-            input_ids_BL,
+            input_ids_BL.to(self.device),
             images=self._tensor_of(pictures) if has_images else None,
             attention_mask=mask,
             return_robot_selection=True,
@@ -307,7 +307,10 @@ class BitGen:
     def _padded(
         self, rows: list[list[int]], what: str, image_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids padded on the right, int64 `[B, L]`, and which are tokens, bool `[B, L]`."""
+        """Token ids padded on the right, int64 `[B, L]`, and which are tokens, bool `[B, L]`.
+
+        Both on the CPU, where it costs nothing to see that there is no padding.
+        """
         longest = max(len(ids) for ids in rows)
         room = self.config.max_positions - image_tokens
         if longest > room:
@@ -315,8 +318,7 @@ class BitGen:
                 f"The {what} is too long: {longest} tokens; the model has room for {room}.",
                 remedy="Shorten it.",
             )
-        input_ids_BL, valid_BL = pad_rows(rows, self.tokenizer.pad_id)
-        return input_ids_BL.to(self.device), valid_BL.to(self.device)
+        return pad_rows(rows, self.tokenizer.pad_id)
 
     def _tensor_of(self, pictures: Sequence[Picture | None]) -> torch.Tensor:
         """Normalised pictures, float32 `[B, 3, S, S]`; one that is None is empty."""

@@ -19,6 +19,7 @@ from bitgen.model.rope import RotaryTables, apply_rotary
 from bitgen.model.ternary import linear_group, make_linear
 
 _LONGEST_WRITTEN_OUT = 384
+_MOST_WEIGHTS_WRITTEN_OUT = 2**26  # 128 MiB a layer
 
 
 class Attention(nn.Module):
@@ -129,13 +130,17 @@ def masked_attention(
 def _is_faster_written_out(q_BHQD: torch.Tensor, k_BHKD: torch.Tensor) -> bool:
     """Whether softmax written out takes less time than the kernel, by benchmarks/attention.py.
 
-    So it is in training in bfloat16 on a CPU, up to some length: the kernel's gradient is slow.
+    So it is in training in bfloat16 on a CPU, up to some length: the kernel's gradient is slow. But
+    the weights are then kept for the gradient, which must not take all memory.
     """
+    num_queries, num_keys = q_BHQD.shape[2], k_BHKD.shape[2]
+    num_weights = q_BHQD.shape[0] * q_BHQD.shape[1] * num_queries * num_keys
     return (
         q_BHQD.device.type == "cpu"
         and q_BHQD.dtype == torch.bfloat16
         and torch.is_grad_enabled()
-        and max(q_BHQD.shape[2], k_BHKD.shape[2]) <= _LONGEST_WRITTEN_OUT
+        and max(num_queries, num_keys) <= _LONGEST_WRITTEN_OUT
+        and num_weights <= _MOST_WEIGHTS_WRITTEN_OUT
     )
 
 

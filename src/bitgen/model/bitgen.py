@@ -283,12 +283,12 @@ class BitGenModel(nn.Module):
             raise ValueError("No robots to choose from: call set_robots first.")
         if self._encoded_robots_RC is not None and not self.training:
             return self._encoded_robots_RC
+        input_ids_RL, valid_RL = self._robot_tokens
         device = self.text_decoder.embed_tokens.weight.device
-        input_ids_RL, valid_RL = (tensor.to(device) for tensor in self._robot_tokens)
         hidden_RLC, _ = self.text_decoder(
-            self.text_decoder.embed_tokens(input_ids_RL),
+            self.text_decoder.embed_tokens(input_ids_RL.to(device)),
             AttentionMask.padding(valid_RL),
-            _rotary_positions(valid_RL, valid_RL.shape[1]),
+            _rotary_positions(valid_RL, valid_RL.shape[1]).to(device),
         )
         pooled_RC = _pool(hidden_RLC, valid_RL)
         if not self.training and not torch.is_grad_enabled():

@@ -178,9 +178,28 @@ class AttentionMask:
         return cls(valid_BK=valid_BK, has_padding=has_padding)
 
     @classmethod
-    def from_lengths(cls, lengths_B: torch.Tensor, num_keys: int) -> AttentionMask:
-        """Right padding: row b holds `lengths_B[b]` tokens and then padding up to `num_keys`."""
-        return cls.padding(torch.arange(num_keys, device=lengths_B.device) < lengths_B[:, None])
+    def from_lengths(
+        cls, lengths: Sequence[int] | torch.Tensor, num_keys: int, side: str = "right"
+    ) -> AttentionMask:
+        """Row b holds `lengths[b]` tokens; the rest of its `num_keys` is padding on that side.
+
+        Raises:
+            ValueError: lengths that are not one a row, or outside of 0 to `num_keys` (looked at on
+                the CPU alone); a side that is neither left nor right.
+        """
+        lengths_B = torch.as_tensor(lengths, dtype=torch.long)
+        if lengths_B.dim() != 1:
+            raise ValueError(f"Lengths are [B]; got shape {tuple(lengths_B.shape)}.")
+        if lengths_B.device.type == "cpu" and bool(
+            ((lengths_B < 0) | (lengths_B > num_keys)).any()
+        ):
+            raise ValueError(f"Lengths are 0 to {num_keys} (num_keys); got {lengths_B.tolist()}.")
+        if side not in ("left", "right"):
+            raise ValueError(f"Padding stands left or right; got {side!r}.")
+        column_K = torch.arange(num_keys, device=lengths_B.device)
+        if side == "left":
+            column_K = column_K.flip(0)
+        return cls.padding(column_K < lengths_B[:, None])
 
     @classmethod
     def custom(cls, mask: torch.Tensor) -> AttentionMask:
