@@ -213,6 +213,18 @@ def test_wrong_shapes_are_refused_with_both_shapes() -> None:
         fresh(ids, images, return_robot_selection=True)
 
 
+def test_padding_is_read_in_every_usual_form() -> None:
+    model = make_model()
+    ids, images = random_input()
+    valid = torch.tensor([[1, 1, 1, 1, 1, 0, 0]] * 3)
+    expected = model(ids, images, valid).logits[:, :5]
+    additive = torch.zeros(3, 7).masked_fill(valid == 0, -1e9)
+    forms = [valid.bool(), valid.float(), valid[:, None], valid[:, None, None], valid[:1]]
+    forms += [additive, additive[:, None, None], additive[:1, None, None].half()]
+    for form in forms:
+        assert torch.equal(model(ids, images, form).logits[:, :5], expected)
+
+
 def test_four_dimensional_text_mask_is_extended_over_the_picture() -> None:
     model = make_model(attention_mode="causal")
     ids, images = random_input()

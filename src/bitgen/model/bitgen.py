@@ -407,12 +407,14 @@ class BitGenModel(nn.Module):
             return self.build_attention_mask(ones_BL, has_images=has_images)
         mask = AttentionMask.from_tensor(attention_mask)
         if mask.valid_BK is not None:
-            if mask.valid_BK.shape != (batch, text_length):
+            if mask.valid_BK.shape not in ((batch, text_length), (1, text_length)):
                 raise ValueError(
                     f"attention_mask has shape {tuple(attention_mask.shape)}; expected"
-                    f" {(batch, text_length)} for input_ids of that shape."
+                    f" {(batch, text_length)} for input_ids of that shape (with a cache: of the new"
+                    " tokens alone)."
                 )
-            return self.build_attention_mask(mask.valid_BK, has_images=has_images)
+            valid_BL = mask.valid_BK.expand(batch, -1)
+            return self.build_attention_mask(valid_BL, has_images=has_images)
         if has_images and attention_mask.shape[-1] == text_length:
             return AttentionMask.custom(_extend_over_images(mask.custom_masks[0], length))
         return mask
