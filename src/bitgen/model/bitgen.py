@@ -36,7 +36,8 @@ class BitGenOutput:
         logits: `[B, L, V]`, next-token scores at each text position.
         robot_logits: `[B, R]` float32, in the order of `set_robots`.
         attention_cache: the cache that was given, filled.
-        attentions: one `[B, H, S, K]` float32 tensor a decoder layer.
+        attentions: one `[B, H, S, K]` float32 tensor a decoder layer (K are all slots of a sliding
+            window cache that has moved on).
         pooled: `[B, C]`, mean of the final states over the text tokens.
         image_words: `[B, V]`, which words the image tokens alone foretell.
         image_attentions: one `[B, H, P, P]` float32 tensor a layer of the vit encoder, zeros in a
