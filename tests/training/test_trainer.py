@@ -569,18 +569,23 @@ def test_a_second_signal_acts_at_once(
     workshop: Any, make_training: MakeTraining, make_events: Callable[..., Any], tmp_path: Path
 ) -> None:
     def send_twice(step: int) -> None:
-        first_handler = signal.getsignal(signal.SIGINT)
+        deferring = signal.getsignal(signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         # Another thread may be given the signal: two that come before Python looks count as one.
         deadline = time.monotonic() + 10
-        while signal.getsignal(signal.SIGINT) is first_handler and time.monotonic() < deadline:
+        while signal.getsignal(signal.SIGINT) is deferring and time.monotonic() < deadline:
             time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
 
     callback = make_events(on_step_do=send_twice)
-    with pytest.raises(KeyboardInterrupt):
-        workshop.trainer(tmp_path / "run", make_training(), callback=callback).train()
+    # A program that a shell started in the background inherits that SIGINT is ignored.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            workshop.trainer(tmp_path / "run", make_training(), callback=callback).train()
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def test_loading_processes_survive_the_signals_of_their_group(
