@@ -241,6 +241,9 @@ class TrainingConfig(_JsonConfig):
     max_steps: int | None = _field(None, "Stop after so many updates, whatever the epochs.")
     eval_every: int = _field(500, "Updates between validations; one more at the end.")
     save_every: int = _field(500, "Updates between checkpoints; one more at the end.")
+    patience: int = _field(
+        0, "Stop after so many validations in a row without a better one; 0: never."
+    )
     keep_checkpoints: int = _field(2, "Checkpoints kept besides best and last.")
 
     def __post_init__(self) -> None:
@@ -264,6 +267,7 @@ class TrainingConfig(_JsonConfig):
             "robot_loss_weight",
             "image_word_weight",
             "word_pretraining_steps",
+            "patience",
             "keep_checkpoints",
             "seed",
         ):

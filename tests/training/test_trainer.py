@@ -377,6 +377,28 @@ def test_max_steps_counts_whatever_the_epochs(
     assert events.of("start")[-1].num_epochs == 3
 
 
+def test_patience_stops_after_validations_without_a_better_one_and_saves(
+    workshop: Any, events: Any, make_events: Any, make_training: MakeTraining, tmp_path: Path
+) -> None:
+    # At this rate it gets worse from some step on.
+    options = {"num_epochs": 400, "learning_rate": 1.0, "grad_clip": 0.0, "eval_every": 2}
+    training = make_training(**options, patience=3)
+    run_dir = tmp_path / "run"
+    summary = workshop.trainer(run_dir, training, callback=events).train()
+    losses = [x["loss"] + x["robot_loss"] for x in metrics(run_dir, "validation")]
+    best = losses.index(min(losses))
+    assert len(losses) == best + 1 + 3
+    assert summary.steps == 2 * len(losses) < 100
+    assert summary.best_step == 2 * (best + 1)
+    assert open_run(run_dir, prefer="last").step == summary.steps
+    assert any("patience 3" in message for message in events.of("warning"))
+    # Resumed, it goes on to the next validation, which is counted with those before it.
+    again = workshop.trainer(run_dir, training, callback=make_events()).train(resume=True)
+    assert again.steps == summary.steps + 2
+    without = make_training(**{**options, "num_epochs": 9})
+    assert workshop.trainer(tmp_path / "without", without).train().steps > summary.steps
+
+
 class Stop(Exception):
     pass
 

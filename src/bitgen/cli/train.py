@@ -26,7 +26,10 @@ _TRAINING_FIELDS = (
     "robot_loss_weight", "image_word_weight", "word_pretraining_steps", "prompt_probability",
     "seed",
 )  # fmt: skip
-_RUN_FIELDS = ("eval_every", "save_every", "keep_checkpoints", "precision", "device", "num_workers")
+_RUN_FIELDS = (
+    "eval_every", "save_every", "patience", "keep_checkpoints", "precision", "device",
+    "num_workers",
+)  # fmt: skip
 TRAIN_OPTIONS = [
     *config_options(TrainingConfig, _DATA_FIELDS, DATA),
     *config_options(BitGenConfig, _MODEL_FIELDS, MODEL, of_the_size=("image_size",)),

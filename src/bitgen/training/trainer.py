@@ -78,8 +78,11 @@ _SPEED_WINDOW = 20  # updates over which speed and remaining time are averaged
 
 # Settings that a resumed run may change without its result being another experiment's.
 _FREE_ON_RESUME = frozenset(
-    ("num_epochs", "max_steps", "num_workers", "save_every", "eval_every", "keep_checkpoints")
-)
+    (
+        "num_epochs", "max_steps", "num_workers", "save_every", "eval_every", "patience",
+        "keep_checkpoints",
+    )
+)  # fmt: skip
 
 
 # What callbacks hear ----------------------------------------------------------------------------
@@ -211,6 +214,7 @@ class _Progress:
     skipped_in_a_row: int = 0
     best_step: int | None = None
     best_loss: float | None = None
+    validations_since_best: int = 0
 
 
 @dataclass(frozen=True)
@@ -492,6 +496,14 @@ class Trainer:
                         validation, is_best = report, report.is_best
                         metrics.write(_metrics("validation", report))
                         self._tell("on_validation", report)
+                if not is_last and self._is_out_of_patience():
+                    is_last = True
+                    self._tell(
+                        "on_warning",
+                        f"Stopped at step {progress.step} of {total_steps}: the last"
+                        f" {progress.validations_since_best} validations were no better than that"
+                        f" of step {progress.best_step} (patience {training.patience}).",
+                    )
                 stop = bool(signals.received) and not is_last
                 if is_best or is_last or stop or progress.step % training.save_every == 0:
                     self._save(is_best)
@@ -745,6 +757,9 @@ class Trainer:
         )
         if is_best:
             progress.best_loss, progress.best_step = score, progress.step
+            progress.validations_since_best = 0
+        elif is_judged:
+            progress.validations_since_best += 1
         return ValidationReport(
             step=progress.step,
             epoch=epoch,
@@ -753,6 +768,15 @@ class Trainer:
             robot_exact_match=matches / tasks if tasks else None,
             is_best=is_best,
             seconds=time.perf_counter() - started,
+        )
+
+    def _is_out_of_patience(self) -> bool:
+        """Whether to stop at this step; a run resumed behind its end goes to the next validation."""
+        patience = self._training.patience
+        return (
+            patience > 0
+            and self._progress.step % self._training.eval_every == 0
+            and self._progress.validations_since_best >= patience
         )
 
     def _judge(self, batch: Batch) -> torch.Tensor:
