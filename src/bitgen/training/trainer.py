@@ -771,7 +771,7 @@ class Trainer:
         )
 
     def _is_out_of_patience(self) -> bool:
-        """Whether to stop at this step; a run resumed behind its end goes to the next validation."""
+        """Whether to stop at this step; a resumed run gets at least to its next validation."""
         patience = self._training.patience
         return (
             patience > 0
