@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from bitgen.config import BitGenConfig
 from bitgen.dataset.tokenizer import Tokenizer
@@ -313,3 +314,27 @@ def test_interrupt_saves_and_exits_with_130(
 
 def metrics_text(run_dir: Path) -> str:
     return (run_dir / "metrics.jsonl").read_text()
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_from_the_same_weights(
+    run, scenes: Path, small_training: list[str], trained: Path, tmp_path: Path
+) -> None:
+    state = load_file(trained / "checkpoints" / "last" / "model.safetensors")
+    weights, prefix = tmp_path / "encoder.safetensors", "image_encoder."
+    encoder = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+    save_file(encoder, weights)
+    first_lines = []
+    for given in ([], ["--encoder_weights", weights]):
+        output = tmp_path / f"run{len(first_lines)}"
+        options = ("--output_dir", output, *small_training, "--max_steps", 1)
+        assert run("train", "--coco_data", scenes, *options, *given).code == 0
+        untouched = (output / "metrics.jsonl").read_text("utf-8").splitlines()[0]
+        shutil.rmtree(output / "checkpoints")
+        (output / "checkpoints").mkdir()
+        assert run("train", "--resume", "--output_dir", output, *small_training[-2:]).code == 0
+        resumed = (output / "metrics.jsonl").read_text("utf-8").splitlines()[0]
+        before, after = json.loads(untouched), json.loads(resumed)
+        for name in ("step", "loss", "image_word_loss", "grad_norm"):
+            assert after[name] == before[name]
+        first_lines.append(before)
+    assert first_lines[0]["loss"] != first_lines[1]["loss"]

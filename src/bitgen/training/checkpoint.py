@@ -13,6 +13,7 @@ reading a run from a stranger runs no code.
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import math
 import os
@@ -121,6 +122,7 @@ def create_run(
         )
     with name_full_disk(run_dir):
         run_dir.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(run_dir)
     with _temporary_folder(run_dir) as folder:
         (folder / CHECKPOINTS_FOLDER).mkdir()
         _write_text(folder / CONFIG_FILE, _config_json(config, training, data))
@@ -190,6 +192,26 @@ def remove_temporaries(run_dir: Path) -> None:
             for path in folder.iterdir():
                 if path.name.startswith(".") and _TEMPORARY in path.name:
                     _remove(path)
+
+
+def _remove_abandoned(run_dir: Path) -> None:
+    """Remove what processes that are gone left beside this run when they were making it."""
+    for path in run_dir.parent.glob(f".{glob.escape(run_dir.name)}{_TEMPORARY}*"):
+        process = path.name.rpartition("-")[2]
+        if process.isdecimal() and not _is_alive(int(process)):
+            _remove(path)
+
+
+def _is_alive(process: int) -> bool:
+    if os.name == "nt":
+        return True  # there, asking with signal 0 would end it
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 class MetricsLog:

@@ -286,10 +286,9 @@ def prepare_training(
     observer.on_note(data.words())
     if data.train_tasks:
         config = replace(config, robot_names=tuple(robot.name for robot in data.catalog))
-    torch.manual_seed(training.seed)
-    model = BitGenModel(config)
-    if encoder_weights is not None:
-        load_encoder_weights(model.image_encoder, config.image_encoder, encoder_weights)
+    if encoder_weights is not None and Path(encoder_weights).exists():
+        encoder_weights = str(Path(encoder_weights).absolute())
+    model = _initial_model(config, training, encoder_weights)
     cache = ImageCache(cache_dir or default_cache_dir(), config.image_size, config.image_resize)
     data, num_skipped = decode_images(data, cache, observer)
     if tokenizer is None:
@@ -305,9 +304,25 @@ def prepare_training(
         catalog=data.catalog,
         training=training,
         output_dir=output_dir,
-        data_info={**sources.to_dict(), **data.counts(), "skipped_images": num_skipped},
+        data_info={
+            **sources.to_dict(),
+            "encoder_weights": encoder_weights,
+            **data.counts(),
+            "skipped_images": num_skipped,
+        },
         callbacks=callbacks,
     )
+
+
+def _initial_model(
+    config: BitGenConfig, training: TrainingConfig, encoder_weights: str | None
+) -> BitGenModel:
+    """The weights that a training starts from; a function of these three alone."""
+    torch.manual_seed(training.seed)
+    model = BitGenModel(config)
+    if encoder_weights is not None:
+        load_encoder_weights(model.image_encoder, config.image_encoder, encoder_weights)
+    return model
 
 
 def prepare_resume(
@@ -356,14 +371,22 @@ def prepare_resume(
     data, num_skipped = decode_images(data, cache, observer)
     tokenizer = Tokenizer.from_json(run.tokenizer_json)
     train_set, val_set = make_datasets(data, cache, tokenizer, config, training)
+    encoder_weights = run.data.get("encoder_weights")
+    # A run that was killed before its first checkpoint starts over, from the same weights.
+    starts_over = run.checkpoint_dir is None
     return Trainer(
-        model=BitGenModel(config),
+        model=_initial_model(config, training, encoder_weights if starts_over else None),
         train_set=train_set,
         val_set=val_set,
         tokenizer=tokenizer,
         catalog=catalog,
         training=training,
         output_dir=run_dir,
-        data_info={**sources.to_dict(), **data.counts(), "skipped_images": num_skipped},
+        data_info={
+            **sources.to_dict(),
+            "encoder_weights": encoder_weights,
+            **data.counts(),
+            "skipped_images": num_skipped,
+        },
         callbacks=callbacks,
     )
