@@ -150,11 +150,10 @@ def measure(
         name: partial(seconds_of, partial(call, attend)) for name, attend in attends.items()
     }
     scores = (*shape[:3], length)
-    cases["mask"] = partial(
-        seconds_of, lambda: make_padded().lower(scores, dtype, torch.device("cpu"))
-    )
+    cpu = torch.device("cpu")
+    cases["mask"] = partial(seconds_of, lambda: make_padded().lower(scores, dtype, cpu))
     with torch.set_grad_enabled(backward):
-        chosen = attention._is_faster_written_out(q, k)
+        chosen = attention._is_faster_written_out(scores, dtype, cpu)
         sweep = sum(one_call for case in cases.values() for one_call in (case(), case())) / 2
         calls = max(FEWEST_CALLS, min(arguments.calls, int(arguments.seconds / sweep)))
         times = interleave(cases, calls, warm_up=1)

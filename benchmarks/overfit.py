@@ -35,8 +35,8 @@ from bitgen.errors import InputError
 from bitgen.export.safetensors import export_safetensors
 from bitgen.inference.predictor import BitGen, Caption
 from bitgen.training.checkpoint import CHECKPOINTS_FOLDER
+from bitgen.training.events import StepReport, TrainerCallback
 from bitgen.training.setup import DataSources, prepare_training
-from bitgen.training.trainer import StepReport, TrainerCallback
 
 DEFAULT_DATA = Path(__file__).resolve().parents[2] / "shared" / "coco"
 LARGEST_DEVIATION = 0.05

@@ -41,8 +41,8 @@ from bitgen.dataset.scenes import write_scenes
 from bitgen.errors import BitGenError
 from bitgen.model.device import resolve_device
 from bitgen.training.amp import resolve_precision
+from bitgen.training.events import StepReport, TrainerCallback
 from bitgen.training.setup import DataSources, prepare_training
-from bitgen.training.trainer import StepReport, TrainerCallback
 
 MOST_SECONDS = 600
 """For one process."""

@@ -37,6 +37,9 @@ def test_preset_table_of_the_design() -> None:
         ({"hidden_size": 0}, "at least 1"),
         ({"head_dim": 7}, "even"),
         ({"freeze_encoder": 1}, "freeze_encoder must be bool"),
+        ({"num_experts": 0}, "num_experts must be at least 1"),
+        ({"experts_per_token": 0}, "experts_per_token must be at least 1"),
+        ({"experts_per_token": 2}, "experts_per_token .2. must be at most num_experts .1."),
     ],
 )
 def test_impossible_models_are_refused(changes: dict[str, object], message: str) -> None:
@@ -60,6 +63,8 @@ def test_unknown_names_are_refused() -> None:
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"max_steps": 0}, "max_steps"),
         ({"warmup_steps": -1}, "warmup_steps must not be negative"),
+        ({"load_balance_weight": -0.1}, "load_balance_weight must not be negative"),
+        ({"router_z_weight": -0.1}, "router_z_weight must not be negative"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"captions": "two"}, "one, all"),
     ],

@@ -6,6 +6,9 @@ A command that no rule covers is run as it stands. Not run:
     make, git, cd          they set up a checkout, which is what this test runs in
     bitgen data download   fetches 19 GB; tests/dataset/test_download.py fetches from a local server
     bitgen demo            tests/cli/test_demo.py runs it
+
+Of `torchrun ... -m bitgen train ...` only the training is run, as one process:
+tests/training/test_distributed.py starts several.
 """
 
 from __future__ import annotations
@@ -66,7 +69,9 @@ def commands_of(block: str) -> list[list[str]]:
 
 
 def _one_name(words: list[str]) -> list[str]:
-    """`python bitgen_cli.py train` as `bitgen train`, like any other command."""
+    """`python bitgen_cli.py train` and `torchrun -m bitgen train` as `bitgen train`."""
+    if words[:1] == ["torchrun"]:
+        return words[words.index("bitgen") :]
     return ["bitgen", *words[2:]] if words[:2] == ["python", "bitgen_cli.py"] else words
 
 
@@ -120,15 +125,18 @@ def test_commands_stand_in_blocks_that_are_run() -> None:
 def test_rules_replace_and_add_options() -> None:
     """The rules change what they say, and nothing else."""
     block = (
-        "bitgen data scenes DIR --num_train 9000 --seed 3  # draws\nmake && python bitgen_cli.py x"
+        "bitgen data scenes DIR --num_train 9000 --seed 3  # draws\n"
+        "make && python bitgen_cli.py x\n"
+        "torchrun --nproc_per_node 4 \\\n -m -- bitgen y"
     )
-    first, second, third = commands_of(block)
+    first, second, third, fourth = commands_of(block)
     assert made_small(first) == [
         *("bitgen", "data", "scenes", "DIR", "--num_train", "30", "--seed", "3"),
         *("--num_val", "6"),
     ]
     assert any(fits(second, rule) for rule in NOT_RUN)
     assert made_small(third) == ["bitgen", "x"]
+    assert made_small(fourth) == ["bitgen", "y"]
     assert "--model_size" not in made_small(["bitgen", "train", "--resume"])
 
 

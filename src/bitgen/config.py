@@ -20,6 +20,10 @@ IMAGE_RESIZES = ("crop", "pad")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 CAPTION_SAMPLINGS = ("one", "all")
+SCHEDULES = ("two_stage", "cosine")
+PARALLEL_STRATEGIES = ("ddp", "fsdp")
+OBJECTIVES = ("caption", "mlm")
+MAX_PREDICT_TOKENS = 8
 
 _Config = TypeVar("_Config", bound="_JsonConfig")
 
@@ -100,6 +104,8 @@ class BitGenConfig(_JsonConfig):
     num_kv_heads: int = _field(4, "Key and value heads; fewer than num_heads is grouped-query.")
     head_dim: int = _field(64, "Width D of one head.")
     intermediate_size: int = _field(768, "Width of the decoder's feed-forward layer.")
+    num_experts: int = _field(1, "Feed-forward layers of a decoder layer; 1 is no mixture.")
+    experts_per_token: int = _field(1, "Experts that each token is sent to.")
     max_positions: int = _field(512, "Longest sequence S (image tokens and text) accepted.")
     rope_theta: float = _field(10000.0, "Base of the rotary position embedding.")
     rms_norm_eps: float = _field(1e-5, "Added to the mean square in RMSNorm.")
@@ -111,6 +117,9 @@ class BitGenConfig(_JsonConfig):
         ATTENTION_MODES,
     )
     quantization: str = _field("ternary", "Linear weights: ternary or none.", QUANTIZATIONS)
+    predict_tokens: int = _field(
+        1, "Next tokens that each position predicts, 1 to 8; above 1, captions are written faster."
+    )
     image_size: int = _field(160, "Side of the square picture, in pixels.")
     image_resize: str = _field("crop", "Aspect-preserving: crop, or pad.", IMAGE_RESIZES)
     image_mean: tuple[float, float, float] = _field(
@@ -138,6 +147,8 @@ class BitGenConfig(_JsonConfig):
             "num_kv_heads",
             "head_dim",
             "intermediate_size",
+            "num_experts",
+            "experts_per_token",
             "max_positions",
             "image_size",
             "patch_size",
@@ -155,6 +166,11 @@ class BitGenConfig(_JsonConfig):
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads"
                 f" ({self.num_kv_heads})."
             )
+        if self.experts_per_token > self.num_experts:
+            raise ConfigError(
+                f"experts_per_token ({self.experts_per_token}) must be at most num_experts"
+                f" ({self.num_experts})."
+            )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even for RoPE, got {self.head_dim}.")
         if self.encoder_hidden_size % self.encoder_heads:
@@ -171,6 +187,15 @@ class BitGenConfig(_JsonConfig):
             )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout}.")
+        if not 1 <= self.predict_tokens <= MAX_PREDICT_TOKENS:
+            raise ConfigError(
+                f"predict_tokens must be 1 to {MAX_PREDICT_TOKENS}, got {self.predict_tokens}."
+            )
+        if self.predict_tokens > 1 and self.attention_mode == "bidirectional":
+            raise ConfigError(
+                "A bidirectional model sees all tokens and predicts none:"
+                f" predict_tokens must be 1, got {self.predict_tokens}."
+            )
 
     @classmethod
     def preset(cls, model_size: str, **changes: Any) -> BitGenConfig:
@@ -211,10 +236,15 @@ class TrainingConfig(_JsonConfig):
     """How one run is trained: what is given is what is used."""
 
     num_epochs: int = _field(10, "Passes over the training set.")
-    batch_size: int = _field(32, "Samples a step and device, before accumulation.")
+    batch_size: int = _field(32, "Samples a step and process, before accumulation.")
     grad_accumulation: int = _field(1, "Batches whose gradients are added before one update.")
-    learning_rate: float = _field(1e-3, "Peak learning rate.")
-    min_learning_rate: float = _field(1e-5, "Learning rate at the end of the cosine.")
+    learning_rate: float = _field(2e-3, "Peak learning rate.")
+    min_learning_rate: float = _field(1e-5, "Learning rate at the end of the schedule.")
+    schedule: str = _field(
+        "two_stage",
+        "cosine; two_stage: one for each half, the second lower and without weight decay.",
+        SCHEDULES,
+    )
     warmup_steps: int = _field(200, "Updates over which the learning rate rises.")
     weight_decay: float = _field(0.05, "AdamW's weight decay, on matrices only.")
     grad_clip: float = _field(1.0, "Largest gradient norm; 0 switches clipping off.")
@@ -223,9 +253,25 @@ class TrainingConfig(_JsonConfig):
     image_word_weight: float = _field(
         1.0, "Weight of the loss that has image tokens foretell the captions' words; 0: without."
     )
+    future_token_weight: float = _field(
+        0.3, "Weight of the loss of each token foretold beyond the next, with --predict_tokens."
+    )
+    load_balance_weight: float = _field(
+        0.01, "Weight of the loss that has experts take equal shares of the tokens."
+    )
+    router_z_weight: float = _field(
+        0.001, "Weight of the loss that keeps the scores of the experts' router small."
+    )
     word_pretraining_steps: int = _field(
         0, "First updates, which train the image encoder alone, on the words of the captions."
     )
+    objective: str = _field(
+        "caption",
+        "caption: each word foretold from those before it; mlm: hidden words from all others, for"
+        " an encoder (--attention_mode bidirectional).",
+        OBJECTIVES,
+    )
+    mlm_probability: float = _field(0.15, "Share of a caption's tokens that mlm asks for.")
     prompt_probability: float = _field(
         0.1, "Share of captions whose first words are given as a prompt, without loss."
     )
@@ -234,8 +280,23 @@ class TrainingConfig(_JsonConfig):
         "one", "one: one caption of an image drawn per epoch; all: every one.", CAPTION_SAMPLINGS
     )
     max_caption_tokens: int = _field(40, "Longer captions are cut, in tokens.")
+    length_buckets: bool = _field(
+        False, "Batch captions of similar length: less padding, but less mixed updates."
+    )
     precision: str = _field("auto", "Arithmetic of the forward pass.", PRECISIONS)
     device: str = _field("auto", "Where to train.", DEVICES)
+    parallel: str = _field(
+        "ddp",
+        "What processes started by torchrun share. ddp: gradients; fsdp: weights and optimizer too,"
+        " for models that do not fit one device.",
+        PARALLEL_STRATEGIES,
+    )
+    compile: bool = _field(
+        False, "Compile layers by torch.compile: faster steps, after minutes of compiling."
+    )
+    activation_checkpointing: bool = _field(
+        False, "Recompute layers in the backward pass: less memory, a third more time."
+    )
     num_workers: int = _field(0, "Processes that load batches; 0 loads in the main one.")
     seed: int = _field(0, "Seed of weights, data order, captions and augmentation.")
     max_steps: int | None = _field(None, "Stop after so many updates, whatever the epochs.")
@@ -245,6 +306,9 @@ class TrainingConfig(_JsonConfig):
         0, "Stop after so many validations in a row without a better one; 0: never."
     )
     keep_checkpoints: int = _field(2, "Checkpoints kept besides best and last.")
+    weights_every: int = _field(
+        100, "Updates between counts of the ternary weights (shares, flips); 0: never."
+    )
 
     def __post_init__(self) -> None:
         self._check_types_and_choices()
@@ -266,9 +330,13 @@ class TrainingConfig(_JsonConfig):
             "num_workers",
             "robot_loss_weight",
             "image_word_weight",
+            "future_token_weight",
+            "load_balance_weight",
+            "router_z_weight",
             "word_pretraining_steps",
             "patience",
             "keep_checkpoints",
+            "weights_every",
             "seed",
         ):
             if getattr(self, name) < 0:
@@ -285,3 +353,5 @@ class TrainingConfig(_JsonConfig):
         for name in ("label_smoothing", "prompt_probability"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        if not 0 < self.mlm_probability < 1:
+            raise ConfigError(f"mlm_probability must be in (0, 1), got {self.mlm_probability}.")

@@ -8,6 +8,7 @@ drawn, which keeps the start of every command fast.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -17,13 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
-    from rich.progress import Progress
+    from rich.console import ConsoleOptions
+    from rich.live import Live
+    from rich.text import Text
 
 # A progress line without a terminal: one every so many seconds, and one at the end.
 SECONDS_BETWEEN_LINES = 15.0
-# Below these widths the bar, and then the details, would push out the numbers.
-WIDTH_FOR_BAR = 90
-WIDTH_FOR_DETAILS = 60
+REDRAWS_A_SECOND = 8
+# Width of the bar, where the words leave so much room.
+SMALLEST_BAR, LARGEST_BAR = 8, 40
 
 
 class Console:
@@ -115,15 +118,15 @@ class Console:
 class ProgressBar:
     """Done of total, with details and the time that remains.
 
-    On a terminal it is a bar that is redrawn (the numbers only where the terminal is narrow); into
-    a pipe or a file it is a line every `SECONDS_BETWEEN_LINES`.
+    On a terminal it is one line that is redrawn: as much of it as the terminal is wide. Into a pipe
+    or a file, and on a terminal that cannot go back, it is a line every `SECONDS_BETWEEN_LINES`.
     """
 
     def __init__(self, description: str, unit: str = "", enabled: bool = True) -> None:
         self._description = description
         self._unit = unit
         self._enabled = enabled
-        self._progress: Progress | None = None
+        self._live: Live | None = None
         self._started = time.monotonic()
         self._first_done: int | None = None
         self._last_line = self._started
@@ -136,6 +139,7 @@ class ProgressBar:
     ) -> None:
         """Show that `done` of `total` are finished; `details` stands beside the numbers.
 
+        Details are parted by two spaces; a narrow terminal leaves out the last ones.
         The time that remains is taken from the mean speed so far, unless it is given.
         """
         went_back = done < self._state[0]
@@ -148,19 +152,18 @@ class ProgressBar:
             self._started = time.monotonic()
         if not self._enabled:
             return
-        if sys.stderr.isatty():
-            self._draw(done, total, details)
+        if _is_redrawable(sys.stderr):
+            self._draw()
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._print_line()
 
     def close(self) -> None:
         """End the bar; a pipe gets the last state as a line."""
-        if self._progress is not None:
+        if self._live is not None:
             global _live_console
-            self._progress.stop()
-            self._progress = None
-            _live_console = None
-        elif self._enabled and self._first_done is not None and not sys.stderr.isatty():
+            self._live.stop()
+            self._live = _live_console = None
+        elif self._enabled and self._first_done is not None and not _is_redrawable(sys.stderr):
             self._print_line()
 
     def remaining_seconds(self) -> float | None:
@@ -173,36 +176,43 @@ class ProgressBar:
             return None
         return (total - done) * (time.monotonic() - self._started) / advanced
 
-    def _draw(self, done: int, total: int, details: str) -> None:
-        if self._progress is None:
-            global _live_console
-            from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+    def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> Iterator[Text]:
+        """The line, as rich asks for it at each redrawing."""
+        # The last column stays empty: some terminals begin a new line once it is written.
+        yield self._line(options.max_width - 1, ascii_only=options.ascii_only)
 
-            console = _rich_console(sys.stderr)
-            columns: list[ProgressColumn | str] = [
-                TextColumn("{task.fields[numbers]}", markup=False),
-                TextColumn("{task.fields[remaining]}", markup=False),
-            ]
-            if console.width >= WIDTH_FOR_DETAILS:
-                columns.insert(0, TextColumn("{task.description}", markup=False))
-                columns.insert(-1, TextColumn("{task.fields[details]}", markup=False))
-            if console.width >= WIDTH_FOR_BAR:
-                columns.insert(1, BarColumn(bar_width=max(10, (console.width - 70) // 2)))
-            self._progress = Progress(*columns, console=console)
-            self._progress.start()
-            self._progress.add_task(
-                self._description, total=total, numbers="", details="", remaining=""
-            )
-            _live_console = console
-        task = self._progress.tasks[0].id
-        self._progress.update(
-            task,
-            completed=done,
-            total=total,
-            numbers=self._numbers(),
-            details=details,
-            remaining=self._remaining_words(),
-        )
+    def _draw(self) -> None:
+        if self._live is not None:
+            return
+        global _live_console
+        from rich.live import Live
+
+        _live_console = _rich_console(sys.stderr)
+        self._live = Live(self, console=_live_console, refresh_per_second=REDRAWS_A_SECOND)
+        self._live.start(refresh=True)
+
+    def _line(self, width: int, ascii_only: bool) -> Text:
+        """What fits of: description, bar, numbers, details, time that remains."""
+        from rich.text import Text
+
+        done, total, details = self._state
+        parts = [self._description, self._numbers(), *details.split("  "), self._remaining_words()]
+        last = len(parts) - 1
+        # The numbers are worth most, then the time that remains, the first detail, and the rest.
+        kept = [1]
+        for index in (last, 2, 0, *range(3, last)):
+            chosen = [*kept, index]
+            if parts[index] and len("  ".join(parts[i] for i in chosen)) <= width:
+                kept = chosen
+        texts = [Text(parts[index]) for index in sorted(kept)]
+        free = width - sum(len(text) for text in texts) - 2 * len(texts)
+        if len(kept) == sum(map(bool, parts)) and free >= SMALLEST_BAR:
+            share = done / total if total else 0.0
+            texts.insert(1, _bar(share, min(free, LARGEST_BAR), ascii_only))
+        line = Text("  ").join(texts)
+        line.no_wrap, line.overflow = True, "crop"
+        line.truncate(width)
+        return line
 
     def _print_line(self) -> None:
         done, _, details = self._state
@@ -258,6 +268,19 @@ def _rich_console(stream: Any, width: int | None = 1000) -> RichConsole:
 
     width = None if stream.isatty() else width
     return RichConsole(file=stream, width=width, highlight=False, markup=False, emoji=False)
+
+
+def _bar(share: float, width: int, ascii_only: bool) -> Text:
+    from rich.text import Text
+
+    full, empty = ("#", "-") if ascii_only else ("\N{BOX DRAWINGS HEAVY HORIZONTAL}",) * 2
+    filled = round(min(max(share, 0.0), 1.0) * width)
+    return Text.assemble((full * filled, "green"), (empty * (width - filled), "bright_black"))
+
+
+def _is_redrawable(stream: Any) -> bool:
+    """Whether a line on it can be replaced by another."""
+    return stream.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
 
 
 def _is_number(cell: object) -> bool:

@@ -172,6 +172,7 @@ def test_usage_errors(run, arguments: list[str]) -> None:
         (PermissionError(errno.EACCES, "Permission denied", "file"), 2, "file"),
         (MemoryError(), 1, "memory"),
         (RuntimeError("odd\nsecond line"), 1, "RuntimeError: odd"),
+        (RuntimeError("Numpy is not available"), 2, "built for NumPy 1"),
     ],
 )
 def test_table_of_failures(error: BaseException, code: int, words: str) -> None:

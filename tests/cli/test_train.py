@@ -64,7 +64,7 @@ def test_summary_as_json_and_several_data_sets(
     finished = run(
         *("train", "--json", "--quiet", "--coco-data", scenes, f"--coco_data={copied}"),
         *("--output_dir", tmp_path / "run", "--captions", "all", "--no-augment"),
-        *(*small_training, "--max_steps", 2),
+        *(*small_training, "--max_steps", 2, "--weights_every", 2),
     )
     assert finished.code == 0, finished.stderr
     summary = finished.json()
@@ -72,11 +72,54 @@ def test_summary_as_json_and_several_data_sets(
     assert summary["run"] == str(tmp_path / "run")
     assert summary["robot_exact_match"] is None
     assert summary["first_loss"] > 0
+    assert (summary["device"], summary["processes"], summary["precision"]) == ("cpu", 1, "fp32")
+    assert summary["wall_seconds"] > summary["seconds"] > 0
+    assert summary["best_validation"]["step"] == summary["best_step"] == 2
+    assert summary["best_validation"]["loss"] == summary["validation_loss"]
+    assert summary["skipped_steps"] == 0 and summary["last_skipped"] is None
+    assert sum(summary["ternary_shares"]) == pytest.approx(1, abs=1e-5)
+    assert summary["flips"] > 0
+    paddings = [
+        line["padding_share"] for line in metrics(tmp_path / "run") if "padding_share" in line
+    ]
+    assert summary["padding_share"] == pytest.approx(sum(paddings) / 2)
     opened = open_run(tmp_path / "run")
     assert opened.data["train_images"] == 80
     assert opened.training.augment is False
     assert opened.training.captions == "all"
     assert opened.config.robot_names == ()
+
+
+def test_the_table_at_the_end_and_info_say_what_was_recorded(
+    run, scenes: Path, small_training: list[str], tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    finished = run(
+        *("train", "--coco_data", scenes, "--robot_data", scenes / "robots_train.json"),
+        *("--output_dir", output, *small_training, "--weights_every", 2),
+    )
+    assert finished.code == 0, finished.stderr
+    lines = metrics(output)
+    lines[1]["skipped"] = "gradient norm 1e+05 exploded (usually 3)"
+    (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    best = next(line for line in lines if line.get("is_best"))
+    flips = next(line for line in reversed(lines) if line["kind"] == "weights")
+    in_both = {
+        "best validation": f"step 4: loss {best['loss']:.3f}, robot loss {best['robot_loss']:.3f}",
+        "padding": "% of text positions",
+        "ternary weights": f"0 {flips['total_shares'][1]:.1%}",
+        "flips an update": f"{flips['flips']:,} of them",
+    }
+    table, info = finished.stdout, run("info", output).stdout
+    for text in (table, info):
+        for name, words in in_both.items():
+            (row,) = (line for line in text.splitlines() if line.strip().startswith(name))
+            assert words in row
+    assert "cpu, fp32" in table and "skipped" not in table
+    assert "two_stage, learning rate 0.002, warm-up of 1 updates, batches of 8" in info
+    assert "1, the last one step 2: gradient norm 1e+05 exploded (usually 3)" in info
+    assert run("info", output, "--json").json()["figures"]["last_skipped_step"] == 2
+    assert run("info", output / "checkpoints" / "last", "--json").json()["figures"] is None
 
 
 def test_a_given_tokenizer_is_used_as_it_is(
@@ -92,6 +135,27 @@ def test_a_given_tokenizer_is_used_as_it_is(
     opened = open_run(tmp_path / "run")
     assert opened.config.vocab_size == tokenizer.vocab_size
     assert json.loads(opened.tokenizer_json) == json.loads(tokenizer.to_json())
+
+
+def test_a_tokenizer_from_before_the_mask_token_serves_for_all_but_mlm(
+    run, scenes: Path, small_training: list[str], tmp_path: Path
+) -> None:
+    content = json.loads(Tokenizer.train(["a red ball lies on the floor"] * 3, 300).to_json())
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != "<|mask|>"]
+    # As then, words begin where the mask token stands now.
+    vocabulary = {t: i for t, i in content["model"]["vocab"].items() if t != "<|mask|>"}
+    content["model"]["vocab"] = {t: i - (i > 5) for t, i in vocabulary.items()}
+    old = tmp_path / "tokenizer.json"
+    old.write_text(json.dumps(content), encoding="utf-8")
+    command = (
+        *("train", "--quiet", "--coco_data", scenes, "--tokenizer", old, *small_training),
+        *("--max_steps", 1, "--output_dir", tmp_path / "run"),
+    )
+    refused = run(*command, "--objective", "mlm", "--attention_mode", "bidirectional")
+    assert_refused(refused, tmp_path, "<|mask|>", "--tokenizer")
+    assert run(*command).code == 0
+    picture = next((scenes / "val2017").iterdir())
+    assert run("infer", picture, "--model", tmp_path / "run", "--quiet").code == 0
 
 
 def test_resume_goes_on_as_recorded(
@@ -178,11 +242,16 @@ def assert_refused(finished, tmp_path: Path, *words: str) -> None:
         (["--image_size", "33"], "33"),
         (["--image_encoder", "nonsense"], "nonsense"),
         (["--dropout", "1.5"], "dropout"),
+        (["--num_experts", "2", "--experts_per_token", "3"], "experts_per_token"),
+        (["--router_z_weight", "-1"], "router_z_weight"),
         (["--robot_data", "absent.json"], "absent.json"),
         (["--robots", "absent.json"], "absent.json"),
         (["--tokenizer", "absent.json"], "absent.json"),
         (["--encoder_weights", "absent.safetensors"], "absent.safetensors"),
         (["--resume", "--overwrite"], "--overwrite"),
+        (["--objective", "nonsense"], "objective"),
+        (["--objective", "mlm"], "--attention_mode bidirectional"),
+        (["--mlm_probability", "1"], "mlm_probability"),
     ],
 )
 def test_options_that_cannot_be(
@@ -338,3 +407,53 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_the_same_weights(
             assert after[name] == before[name]
         first_lines.append(before)
     assert first_lines[0]["loss"] != first_lines[1]["loss"]
+
+
+# What it would take, without training ------------------------------------------------------------
+
+
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
+    run, scenes: Path, small_training: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = small_training[: small_training.index("--cache_dir")]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BITGEN_CACHE", str(tmp_path / "cache"))
+    before = sorted(scenes.rglob("*"))
+    command = ["train", "--dry_run", "--coco_data", scenes, *options]
+    command += ["--robot_data", scenes / "robots_train.json"]
+    finished = run(*command, "--json")
+    assert finished.code == 0, finished.stderr
+    found = finished.json()
+    memory = found["memory"]
+    parts = [value for name, value in memory.items() if name not in ("device", "total")]
+    assert memory["total"] == sum(parts) > 100e6
+    assert found["fits"] is True
+    tasks = json.loads((scenes / "robots_train.json").read_text())
+    assert found["train_samples"] == 40 + len(tasks)
+    assert found["updates_per_epoch"] == -(-found["train_samples"] // 8)
+    assert found["total_updates"] == 4  # --max_steps
+    assert found["seconds_in_total"] == pytest.approx(4 * found["seconds_per_update"])
+    assert found["exported_bytes"] == sum(part["exported_bytes"] for part in found["parts"])
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(scenes.rglob("*")) == before
+
+
+def test_a_dry_run_that_does_not_fit_warns(
+    run, scenes: Path, small_training: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitgen.training.estimate.free_bytes", lambda device: 1000)
+    finished = run("train", "--dry_run", "--coco_data", scenes, *small_training)
+    assert finished.code == 0, finished.stderr
+    assert "warning: This does not fit" in finished.stderr
+    assert "not measured: it does not fit in memory" in finished.stdout
+    assert "image encoder" in finished.stdout
+    assert "activations" in finished.stdout
+
+
+def test_a_dry_run_refuses_what_training_would(run, scenes: Path, trained: Path) -> None:
+    resumed = run("train", "--dry_run", "--resume", "--output_dir", trained)
+    assert resumed.code == 2
+    assert "--dry_run is for a new training" in resumed.stderr
+    existing = run("train", "--dry_run", "--coco_data", scenes, "--output_dir", trained)
+    assert existing.code == 2
+    assert "exists already" in existing.stderr

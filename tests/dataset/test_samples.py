@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from bitgen.dataset.coco import CaptionedImage
 from bitgen.dataset.collate import Collator, Sample
 from bitgen.dataset.images import ImageCache
 from bitgen.dataset.robots import RobotTask
-from bitgen.dataset.samples import TrainingSet
+from bitgen.dataset.samples import TrainingSet, _augmented
 from bitgen.dataset.tokenizer import Tokenizer
 
 ROBOTS = ("Drone", "Humanoid")
@@ -48,6 +50,116 @@ def make_set(
     ]
     training = replace(TrainingConfig(prompt_probability=0.0), **changes)
     return TrainingSet(pictures, tasks, cache, TOKENIZER, CONFIG, training, ROBOTS, training_mode)
+
+
+def reference_augmented(
+    pixels_3SS: np.ndarray, may_mirror: bool, random: np.random.Generator
+) -> np.ndarray:
+    """What runs were trained with, plainly written."""
+    size = pixels_3SS.shape[-1]
+    side = size * random.uniform(0.85, 1.0)
+    left, top = random.uniform(0, size - side, 2)
+    image = Image.fromarray(np.ascontiguousarray(pixels_3SS.transpose(1, 2, 0)))
+    image = image.resize(
+        (size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
+    )
+    if may_mirror and random.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    contrast = 1 + random.uniform(-1, 1) * 0.15
+    brightness = 255 * random.uniform(-1, 1) * 0.15
+    table = (np.arange(256) - 127.5) * contrast + 127.5 + brightness
+    lit = np.clip(table, 0, 255).astype(np.uint8)[np.asarray(image)]
+    return lit.transpose(2, 0, 1)
+
+
+def reference_sample(
+    entry: CaptionedImage, pixels_3SS: np.ndarray, training: TrainingConfig, epoch: int, index: int
+) -> tuple[list[int], int, np.ndarray]:
+    """Token ids, prefix and picture of a caption sample where one is drawn an epoch."""
+    random = np.random.default_rng((training.seed, epoch, index))
+    words = entry.captions[int(random.integers(len(entry.captions)))].split()
+    num_prompt = 0
+    if len(words) > 1 and random.random() < training.prompt_probability:
+        num_prompt = len(TOKENIZER.encode(" ".join(words[: random.integers(1, len(words))])))
+    ids = TOKENIZER.encode(" ".join(words))
+    limit = training.max_caption_tokens
+    end = [TOKENIZER.eos_id] if len(ids) < limit else []
+    may_mirror = not re.search(r"\b(left|right)\b", " ".join(entry.captions), re.IGNORECASE)
+    return (
+        [TOKENIZER.bos_id, *ids[:limit], *end],
+        1 + min(num_prompt, limit - 1),
+        reference_augmented(pixels_3SS, may_mirror, random),
+    )
+
+
+@pytest.fixture
+def noisy_pictures(tmp_path: Path) -> list[CaptionedImage]:
+    entries = []
+    for index in range(24):
+        pixels = np.random.default_rng(index).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+        path = tmp_path / f"noisy{index}.png"
+        Image.fromarray(pixels).save(path)
+        captions = tuple(
+            " ".join(["one  red", *["ball"] * ((index + 3 * k) % 11), "left"[: index % 5]])
+            for k in range(1 + index % 4)
+        )
+        entries.append(CaptionedImage(path=path, image_id=index, captions=captions))
+    return entries
+
+
+@pytest.mark.parametrize("seed", [0, 2**40 + 3])
+def test_draws_and_pictures_are_those_that_runs_were_trained_with(
+    noisy_pictures: list[CaptionedImage], tmp_path: Path, seed: int
+) -> None:
+    training = TrainingConfig(prompt_probability=0.4, seed=seed, max_caption_tokens=9)
+    samples = make_set(
+        noisy_pictures, tmp_path, prompt_probability=0.4, seed=seed, max_caption_tokens=9
+    )
+    checksum, expected_checksum = hashlib.sha256(), hashlib.sha256()
+    for epoch in (0, 5):
+        samples.set_epoch(epoch)
+        for index, entry in enumerate(noisy_pictures):
+            pixels = np.asarray(Image.open(entry.path)).transpose(2, 0, 1)
+            ids, num_prefix, picture = reference_sample(entry, pixels, training, epoch, index)
+            sample = samples[index]
+            assert (sample.input_ids, sample.num_prefix) == (ids, num_prefix)
+            assert sample.image is not None and sample.image.is_contiguous()
+            checksum.update(sample.image.numpy().tobytes())
+            expected_checksum.update(np.ascontiguousarray(picture).tobytes())
+    assert checksum.digest() == expected_checksum.digest()
+
+
+@pytest.mark.parametrize("size", [32, 33, 160])
+def test_pictures_of_any_size_are_varied_bit_for_bit(size: int) -> None:
+    for seed in range(8):
+        pixels = np.random.default_rng(seed).integers(0, 256, (3, size, size)).astype(np.uint8)
+        ours = _augmented(pixels, seed % 2 == 0, np.random.default_rng(seed))
+        theirs = reference_augmented(pixels, seed % 2 == 0, np.random.default_rng(seed))
+        assert np.array_equal(ours, theirs)
+        assert ours.dtype == np.uint8 and ours.flags.writeable
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"captions": "all"},
+        {"max_caption_tokens": 5},
+        {"seed": 2**70, "prompt_probability": 0.5},
+        {"training_mode": False},
+    ],
+)
+def test_lengths_are_those_of_the_samples(
+    noisy_pictures: list[CaptionedImage], tmp_path: Path, changes: dict[str, object]
+) -> None:
+    samples = make_set(noisy_pictures, tmp_path, **changes)  # type: ignore[arg-type]
+    found = []
+    for epoch in (0, 7):
+        lengths = samples.lengths(epoch)
+        samples.set_epoch(epoch)
+        assert lengths.tolist() == [len(samples[i].input_ids) for i in range(len(samples))]
+        found.append(lengths.tolist())
+    assert (found[0] == found[1]) == (changes.get("captions") == "all")
 
 
 def test_one_caption_an_epoch_or_all(pictures: list[CaptionedImage], tmp_path: Path) -> None:

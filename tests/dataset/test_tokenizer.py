@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,15 @@ from bitgen.errors import InputError
 
 TEXTS = ["A red ball lies under water.", "A man rides a horse.", "The red ball, on the shelf."] * 4
 TOKENIZER = Tokenizer.train(TEXTS, 400)
+
+
+def without_mask_token(tokenizer: Tokenizer) -> Tokenizer:
+    """As tokenizers were written before there was one; the ids of words stay."""
+    content = json.loads(tokenizer.to_json())
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != "<|mask|>"]
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {t: i for t, i in vocabulary.items() if t != "<|mask|>"}
+    return Tokenizer.from_json(json.dumps(content))
 
 
 @given(st.text())
@@ -37,6 +47,48 @@ def test_learnt_words_are_short_and_ids_are_stable() -> None:
     assert TOKENIZER.tokens(TOKENIZER.encode("red ball")) == [" red", " ball"]
 
 
+@given(st.lists(st.text(alphabet="ab <|mask|>eos\0\n", max_size=20), max_size=8))
+def test_texts_encoded_together_are_those_encoded_alone(texts: list[str]) -> None:
+    texts = [*texts, *TEXTS, "a<|eos|>b"]
+    assert TOKENIZER.encode_batch(texts) == [TOKENIZER.encode(text) for text in texts]
+
+
+def test_many_texts_and_a_tokenizer_that_pads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitgen.dataset.tokenizer._ENCODED_AT_ONCE", 3)
+    expected = [TOKENIZER.encode(text) for text in TEXTS]
+    assert TOKENIZER.encode_batch(TEXTS) == expected
+    content = json.loads(TOKENIZER.to_json())
+    content["padding"] = {
+        "strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "<|pad|>",
+    }  # fmt: skip
+    assert Tokenizer.from_json(json.dumps(content)).encode_batch(TEXTS) == expected
+    assert TOKENIZER.encode_batch([]) == []
+
+
+def test_tokenizers_from_before_the_mask_token_read_as_they_did() -> None:
+    assert TOKENIZER.mask_id == 5 and TOKENIZER.mask_id in TOKENIZER.special_ids
+    old = without_mask_token(TOKENIZER)
+    assert old.mask_id is None
+    assert old.special_ids == {0, 1, 2, 3, 4}
+    # Split where the mask token is spelled, it would get a space that it never had.
+    text = "a <|mask|>"
+    assert old.encode(text) == old._backend.encode(text).ids
+    assert TOKENIZER.mask_id not in TOKENIZER.encode(text)
+    assert TOKENIZER.decode([TOKENIZER.mask_id]) == ""
+
+
+def test_ordinary_ids_are_all_but_special_ones() -> None:
+    ordinary = TOKENIZER.ordinary_ids()
+    assert TOKENIZER.special_ids.isdisjoint(ordinary)
+    assert sorted([*ordinary, *TOKENIZER.special_ids]) == list(range(TOKENIZER.vocab_size))
+    foreign = Tokenizer.from_json(TOKENIZER.to_json())
+    foreign._backend.add_special_tokens(["[CLS]"])
+    foreign = Tokenizer.from_json(foreign.to_json())
+    assert foreign.vocab_size == TOKENIZER.vocab_size + 1
+    assert foreign.ordinary_ids() == ordinary
+
+
 def test_json_round_trips_and_hugging_face_opens_it(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     path = tmp_path / "tokenizer.json"
@@ -54,7 +106,7 @@ def test_bad_tokenizers_are_refused(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path / "none.json")
     with pytest.raises(InputError, match="not a Hugging Face tokenizer"):
         Tokenizer.from_json("{}")
-    with pytest.raises(InputError, match="at least 261"):
+    with pytest.raises(InputError, match="at least 262"):
         Tokenizer.train(TEXTS, 100)
     foreign = TOKENIZER.to_json().replace("<|robot|>", "<|other|>")
     with pytest.raises(InputError, match=r"lacks the special tokens <\|robot\|>"):

@@ -22,11 +22,13 @@ from bitgen.errors import DiskFullError, InputError, ModelFileError, OutputExist
 from bitgen.export import safetensors as artifact_module
 from bitgen.export.loaded import load_run
 from bitgen.export.safetensors import export_safetensors, load_artifact, read_header
+from bitgen.inference.predictor import BitGen
 from bitgen.kernels.packing import unpack_ternary
 from bitgen.kernels.quantize import quantize_weight
 from bitgen.model.ternary import TernaryLinear
 
 MakeRun = Callable[..., Path]
+EXPERTS = {"num_experts": 4, "experts_per_token": 2}
 
 
 @pytest.fixture
@@ -51,8 +53,11 @@ def rewrite(path: Path, *, drop: str = "", **metadata: str) -> None:
 # What is written --------------------------------------------------------------------------------
 
 
-def test_tensors_are_the_trained_ones_quantized(make_run: MakeRun, tmp_path: Path) -> None:
-    run_dir = make_run()
+@pytest.mark.parametrize("experts", [{}, EXPERTS], ids=["dense", "experts"])
+def test_tensors_are_the_trained_ones_quantized(
+    make_run: MakeRun, tmp_path: Path, experts: dict[str, int]
+) -> None:
+    run_dir = make_run(**experts)
     output = tmp_path / "model.safetensors"
     report = export_safetensors(run_dir, output)
     tensors = load_file(output)
@@ -106,9 +111,12 @@ def test_metadata_is_documented_strings_without_private_folders(artifact: Path) 
     assert str(artifact.parent).encode() not in artifact.read_bytes()
 
 
-def test_the_model_in_the_file_computes_the_same_numbers(make_run: MakeRun, tmp_path: Path) -> None:
+@pytest.mark.parametrize("experts", [{}, EXPERTS], ids=["dense", "experts"])
+def test_the_model_in_the_file_computes_the_same_numbers(
+    make_run: MakeRun, tmp_path: Path, experts: dict[str, int]
+) -> None:
     for quantization in ("ternary", "none"):
-        run_dir = make_run(f"run-{quantization}", quantization=quantization)
+        run_dir = make_run(f"run-{quantization}", quantization=quantization, **experts)
         output = tmp_path / f"{quantization}.safetensors"
         report = export_safetensors(run_dir, output)
         assert (report.ternary_weights > 0) == (quantization == "ternary")
@@ -126,6 +134,34 @@ def test_the_model_in_the_file_computes_the_same_numbers(make_run: MakeRun, tmp_
         info = dict(loaded.info)
         assert info.pop("bitgen_version")
         assert info == trained.info
+
+
+@pytest.mark.parametrize("quantization", ["ternary", "none"])
+def test_future_heads_are_kept_or_left_out_with_the_same_answers(
+    make_run: MakeRun, tmp_path: Path, quantization: str
+) -> None:
+    run_dir = make_run(predict_tokens=3, quantization=quantization)
+    kept, dropped = tmp_path / "kept.safetensors", tmp_path / "dropped.safetensors"
+    with_heads = export_safetensors(run_dir, kept)
+    without = export_safetensors(run_dir, dropped, drop_future_heads=True)
+    assert without.bytes < with_heads.bytes == kept.stat().st_size
+    heads = {name for name in load_file(kept) if name.startswith("future_heads.")}
+    assert heads and set(load_file(dropped)) == set(load_file(kept)) - heads
+    assert without.ternary_weights < with_heads.ternary_weights or quantization == "none"
+    assert read_header(kept).config.predict_tokens == 3
+    assert read_header(dropped).config.predict_tokens == 1
+    pictures = [Image.effect_noise((40, 40), 80).convert("RGB") for _ in range(2)]
+    said = []
+    for path in (run_dir, kept, dropped):
+        model = BitGen.load(path, device="cpu")
+        captions = model.caption(pictures, max_tokens=8)
+        assert all((caption.speculation is None) == (path == dropped) for caption in captions)
+        said.append([caption.token_ids for caption in captions])
+    assert said[0] == said[1] == said[2]
+    # There is nothing to leave out of a model without them.
+    plain = export_safetensors(make_run("plain"), tmp_path / "a.safetensors")
+    same = export_safetensors(tmp_path / "plain", tmp_path / "b.safetensors", False, True)
+    assert plain == same
 
 
 def test_an_output_is_replaced_only_when_asked(make_run: MakeRun, tmp_path: Path) -> None:

@@ -22,6 +22,10 @@ WORDS = 3
 """Ordinary tokens of the toy vocabulary: ids 5, 6 and 7; rows above stand for nothing."""
 USED_VOCABULARY = 5 + WORDS
 PROMPTS = [[BOS], [BOS, 5, 6, 7], [BOS, 6]]
+EXPERTS = {"num_experts": 4, "experts_per_token": 2}
+with_and_without_experts = pytest.mark.parametrize(
+    "experts", [{}, EXPERTS], ids=["dense", "experts"]
+)
 
 
 def toy_model(seed: int = 0, **changes: Any) -> BitGenModel:
@@ -102,14 +106,15 @@ def greedy_reference(
 @pytest.mark.parametrize("quantization", ["none", "ternary"])
 @pytest.mark.parametrize("mode", ["prefix", "causal"])
 @pytest.mark.parametrize("with_images", [True, False])
+@with_and_without_experts
 def test_greedy_with_cache_and_padding_equals_a_loop_without(
-    quantization: str, mode: str, with_images: bool
+    quantization: str, mode: str, with_images: bool, experts: dict[str, int]
 ) -> None:
     # A last bit of float that differs can round an int8 activation the other way.
     tolerance = 1e-4 if quantization == "none" else 0.05
     ended = set()
     for seed in range(10):
-        model = toy_model(seed, quantization=quantization, attention_mode=mode)
+        model = toy_model(seed, quantization=quantization, attention_mode=mode, **experts)
         images = toy_images(len(PROMPTS), seed) if with_images else None
         generations = run(model, PROMPTS, images=images)
         for row, (prompt, got) in enumerate(zip(PROMPTS, generations, strict=True)):
@@ -132,8 +137,11 @@ def test_the_picture_changes_what_is_said() -> None:
     "options",
     [{}, {"beam_size": 3}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 3, "top_p": 0.9}],
 )
-def test_a_batch_answers_as_each_row_alone(options: dict[str, Any]) -> None:
-    model = toy_model(1, quantization="none")
+@with_and_without_experts
+def test_a_batch_answers_as_each_row_alone(
+    options: dict[str, Any], experts: dict[str, int]
+) -> None:
+    model = toy_model(1, quantization="none", **experts)
     images = toy_images(len(PROMPTS))
     sampling = "temperature" in options
 
@@ -367,10 +375,13 @@ def beam_reference(
 
 @pytest.mark.parametrize("beam_size", [2, 3, 5])
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 1.0])
-def test_beam_search_equals_one_written_in_lists(beam_size: int, length_penalty: float) -> None:
+@with_and_without_experts
+def test_beam_search_equals_one_written_in_lists(
+    beam_size: int, length_penalty: float, experts: dict[str, int]
+) -> None:
     differs_from_greedy = False
     for seed in range(10):
-        model = toy_model(seed, quantization="none")
+        model = toy_model(seed, quantization="none", **experts)
         images = toy_images(len(PROMPTS), seed)
         generations = run(
             model, PROMPTS, images=images, beam_size=beam_size, length_penalty=length_penalty
@@ -392,9 +403,8 @@ def test_a_beam_of_one_is_greedy() -> None:
             model = toy_model(seed, quantization="none")
             images = toy_images(len(PROMPTS), seed)
             never_V = generation._never_mask(model, NEVER, USED_VOCABULARY)
-            logits_BV, cache = generation._read_prompts(
-                model, images, PROMPTS, 8, attention_window=0
-            )
+            read, cache = generation._read_prompts(model, images, PROMPTS, 8, attention_window=0)
+            logits_BV = read.logits[:, -1].float()
             beams = generation._beam_search(model, logits_BV, cache, never_V, EOS, 8, 1, 1.0)
             greedy = run(model, PROMPTS, images=images)
             assert [(g.tokens, g.finished) for g in beams] == [

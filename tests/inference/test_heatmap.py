@@ -79,15 +79,18 @@ def hottest(tile_HW3: np.ndarray) -> tuple[float, float]:
 @pytest.mark.parametrize("mode", ["prefix", "causal"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"beam_size": 3}, {"temperature": 1.5, "seed": 3}],
+    [{}, {"beam_size": 3}, {"temperature": 1.5, "seed": 4}],
     ids=["greedy", "beam", "drawn"],
 )
 @pytest.mark.parametrize("prompt", ["", "a red"])
+@pytest.mark.parametrize(
+    "experts", [{}, {"num_experts": 4, "experts_per_token": 2}], ids=["dense", "experts"]
+)
 def test_maps_are_the_attention_of_the_predicting_position(
-    make_run: MakeRun, mode: str, options: dict[str, Any], prompt: str
+    make_run: MakeRun, mode: str, options: dict[str, Any], prompt: str, experts: dict[str, int]
 ) -> None:
     """Against one forward a token, over what stood before it, under a mask written out."""
-    run_dir = make_run(image_size=64, attention_mode=mode, quantization="none")
+    run_dir = make_run(image_size=64, attention_mode=mode, quantization="none", **experts)
     bitgen = BitGen.load(run_dir, device="cpu")
     picture = noise()
     caption = bitgen.caption(picture, prompt=prompt, max_tokens=9, **options)[0]

@@ -21,14 +21,22 @@ from bitgen.model.ternary import TernaryLinear
 MakeRun = Callable[..., Path]
 
 
-def test_parameters_and_shares_are_those_of_the_trained_model(make_run: MakeRun) -> None:
-    run_dir = make_run()
+@pytest.mark.parametrize(
+    "experts", [{}, {"num_experts": 4, "experts_per_token": 2}], ids=["dense", "experts"]
+)
+def test_parameters_and_shares_are_those_of_the_trained_model(
+    make_run: MakeRun, experts: dict[str, int]
+) -> None:
+    run_dir = make_run(**experts)
     description = describe(run_dir)
     model = BitGen.load(run_dir, packed=False).model
     layers = [module for module in model.modules() if isinstance(module, TernaryLinear)]
     weights = torch.cat([quantize_weight(layer.weight)[0].flatten() for layer in layers])
     total = sum(tensor.numel() for tensor in model.state_dict().values())
 
+    assert (description.num_experts, description.experts_per_token) == (
+        (4, 2) if experts else (1, 1)
+    )
     assert description.ternary_parameters == weights.numel()
     # A packed layer stores one scale that the trained one computes.
     assert description.float_parameters == total - weights.numel() + len(layers)

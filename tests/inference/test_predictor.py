@@ -42,10 +42,13 @@ def layers_of(bitgen: BitGen, kind: type) -> int:
 # Loading ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "experts", [{}, {"num_experts": 4, "experts_per_token": 2}], ids=["dense", "experts"]
+)
 def test_run_checkpoint_and_artifact_answer_the_same(
-    make_run: MakeRun, tmp_path: Path, pictures: list[Path]
+    make_run: MakeRun, tmp_path: Path, pictures: list[Path], experts: dict[str, int]
 ) -> None:
-    run_dir = make_run()
+    run_dir = make_run(**experts)
     artifact = tmp_path / "model.safetensors"
     export_safetensors(run_dir, artifact)
     checkpoint = run_dir / "checkpoints" / "step_000005"

@@ -1,47 +1,16 @@
-"""A model small enough to be run in every mode, hundreds of times."""
+"""The small model as a fixture."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
-import torch
 
-from bitgen.config import BitGenConfig
 from bitgen.model.bitgen import BitGenModel
 
-ROBOTS = ("Drone", "Humanoid")
-
-
-def small_config(**changes: Any) -> BitGenConfig:
-    values: dict[str, Any] = {
-        "vocab_size": 50, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,
-        "head_dim": 8, "intermediate_size": 48, "max_positions": 64, "image_size": 32,
-        "encoder_hidden_size": 32, "encoder_layers": 1, "encoder_heads": 4,
-        "encoder_intermediate_size": 48, "robot_names": ROBOTS, "quantization": "none",
-    }  # fmt: skip
-    return BitGenConfig(**{**values, **changes})
-
-
-def small_model(**changes: Any) -> BitGenModel:
-    """With branches as strong as the residual stream, so that attention matters in the logits."""
-    torch.manual_seed(0)
-    model = BitGenModel(small_config(**changes)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("sub_norm.weight"):
-                parameter.fill_(1.0)
-    robots = torch.tensor([[4, 20, 21, 22], [4, 23, 0, 0], [4, 30, 31, 0]])
-    model.set_robots([*ROBOTS, "Newcomer"], robots, robots != 0)
-    return model
+from .small_model import small_model
 
 
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., BitGenModel]:
     return small_model
-
-
-@pytest.fixture(scope="session")
-def make_config() -> Callable[..., BitGenConfig]:
-    return small_config

@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from bitgen.model import attention
 from bitgen.model.attention import masked_attention
 from bitgen.model.bitgen import BitGenModel
-from bitgen.model.masks import AttentionMask
+from bitgen.model.masks import AttentionMask, ScoresShape
 
 MakeModel = Callable[..., BitGenModel]
 DTYPES = {
@@ -87,25 +87,25 @@ def test_the_path_chosen_for_training_in_bfloat16_equals_the_kernel(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     qkv = random_qkv(torch.bfloat16)
-    assert attention._is_faster_written_out(qkv[0], qkv[1])
+    scores = ((*qkv[0].shape[:3], qkv[1].shape[2]), torch.bfloat16, qkv[0].device)
+    assert attention._is_faster_written_out(*scores)
     chosen, _ = masked_attention(*qkv, MASKS[name])
     with torch.no_grad():
-        assert not attention._is_faster_written_out(qkv[0], qkv[1])
+        assert not attention._is_faster_written_out(*scores)
         fused, _ = masked_attention(*qkv, MASKS[name])
     torch.testing.assert_close(chosen, fused, atol=3e-2, rtol=3e-2)
 
 
 def test_softmax_is_written_out_only_where_that_is_faster_and_fits() -> None:
-    def is_written_out(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> bool:
-        q = torch.empty(1, dtype=dtype).expand(shape)
-        return attention._is_faster_written_out(q, q)
+    def is_written_out(shape: ScoresShape, dtype: torch.dtype = torch.bfloat16) -> bool:
+        return attention._is_faster_written_out(shape, dtype, torch.device("cpu"))
 
-    assert is_written_out((8, 8, 256, 64))
-    assert not is_written_out((8, 8, 1024, 64))
-    assert not is_written_out((2048, 8, 256, 64))  # 2 GiB of weights a layer
-    assert not is_written_out((8, 8, 256, 64), torch.float32)
+    assert is_written_out((8, 8, 256, 256))
+    assert not is_written_out((8, 8, 1024, 1024))
+    assert not is_written_out((2048, 8, 256, 256))  # 2 GiB of weights a layer
+    assert not is_written_out((8, 8, 256, 256), torch.float32)
     with torch.no_grad():
-        assert not is_written_out((8, 8, 256, 64))
+        assert not is_written_out((8, 8, 256, 256))
 
 
 def test_no_mask_and_causal_are_the_bare_kernel_call() -> None:

@@ -13,6 +13,8 @@ from bitgen.model.bitgen import BitGenModel
 from bitgen.model.cache import SlidingWindowCache, StaticCache
 from bitgen.model.masks import AttentionMask
 
+from .small_model import DENSE_AND_EXPERTS
+
 MakeModel = Callable[..., BitGenModel]
 LENGTH = 17
 
@@ -59,10 +61,11 @@ def steps_of(chunk: int) -> list[int]:
 @pytest.mark.parametrize("chunk", [1, 2, 7, LENGTH])
 @pytest.mark.parametrize("side", ["none", "left", "right", "gaps"])
 @pytest.mark.parametrize("kind", ["static", "window", "window with sinks"])
+@DENSE_AND_EXPERTS
 def test_steps_of_any_size_equal_one_forward(
-    make_model: MakeModel, chunk: int, side: str, kind: str
+    make_model: MakeModel, chunk: int, side: str, kind: str, experts: dict[str, int]
 ) -> None:
-    model, ids, valid = make_model(), some_ids(), padded_on(side)
+    model, ids, valid = make_model(**experts), some_ids(), padded_on(side)
     rules = AttentionMask.causal()
     whole = rules
     cache: StaticCache | SlidingWindowCache
@@ -113,8 +116,11 @@ def test_random_steps_padding_and_rules_equal_one_forward(
 
 
 @torch.no_grad()
-def test_a_picture_and_a_prompt_are_a_prefix_of_a_sliding_window_too(make_model: MakeModel) -> None:
-    model, ids = make_model(), some_ids()
+@DENSE_AND_EXPERTS
+def test_a_picture_and_a_prompt_are_a_prefix_of_a_sliding_window_too(
+    make_model: MakeModel, experts: dict[str, int]
+) -> None:
+    model, ids = make_model(**experts), some_ids()
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     sinks = model.num_image_tokens + 1
     prompt = model.build_attention_mask(torch.ones(3, 4), torch.tensor([4, 4, 4]))
@@ -130,10 +136,11 @@ def test_a_picture_and_a_prompt_are_a_prefix_of_a_sliding_window_too(make_model:
 @pytest.mark.parametrize("kind", ["static", "sliding"])
 @pytest.mark.parametrize("side", ["none", "left"])
 @pytest.mark.parametrize("rows", [[2, 0, 0], [1, 2, 2, 0, 1]])
+@DENSE_AND_EXPERTS
 def test_reordered_rows_go_on_as_the_chosen_ones(
-    make_model: MakeModel, kind: str, side: str, rows: list[int]
+    make_model: MakeModel, kind: str, side: str, rows: list[int], experts: dict[str, int]
 ) -> None:
-    model, ids, valid = make_model(), some_ids(), padded_on(side)
+    model, ids, valid = make_model(**experts), some_ids(), padded_on(side)
     cache: StaticCache | SlidingWindowCache = model.new_cache(3, LENGTH)
     rules = AttentionMask.causal()
     if kind == "sliding":
@@ -156,15 +163,16 @@ def bytes_of(cache: SlidingWindowCache) -> int:
 
 @torch.no_grad()
 @pytest.mark.parametrize("with_padding", [False, True])
+@DENSE_AND_EXPERTS
 def test_generation_without_end_keeps_memory_sinks_and_sense(
-    make_model: MakeModel, with_padding: bool
+    make_model: MakeModel, with_padding: bool, experts: dict[str, int]
 ) -> None:
     """Far behind max_positions: the same bytes, the first tokens still there, logits still bounded.
 
     A stream that repeats with the window's period must come to repeat its logits too: what is seen
     is then always the same tokens at the same distances.
     """
-    model = make_model()
+    model = make_model(**experts)
     window, sinks, period = 8, 3, 4
     cache = model.new_sliding_window_cache(2, window, sinks)
     before = bytes_of(cache)
@@ -201,6 +209,94 @@ def test_a_row_that_waits_keeps_its_sinks_while_another_runs_on(make_model: Make
         model(ids[:, i : i + 1].expand(2, 1), attention_cache=cache).logits[1] for i in range(12)
     ]
     torch.testing.assert_close(torch.cat(steps), alone[0], atol=2e-5, rtol=1e-5)
+
+
+# Going back -------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(data=st.data())
+@torch.no_grad()
+def test_rewound_rows_go_on_as_if_the_rest_had_never_been(
+    make_model: MakeModel, data: st.DataObject
+) -> None:
+    """Each row to its own length, with padding anywhere; the reference reads every row alone."""
+    model, batch, room = make_model(), data.draw(st.integers(1, 3)), 24
+    cache = model.new_cache(batch, room)
+    tokens: list[list[int]] = [[] for _ in range(batch)]
+    valid: list[list[bool]] = [[] for _ in range(batch)]
+    with_padding = data.draw(st.booleans())
+    for _ in range(data.draw(st.integers(1, 6))):
+        size = data.draw(st.integers(0, room - cache.length))
+        if size:
+            ids = some_ids(batch, size, seed=data.draw(st.integers(0, 99)))
+            bits = st.lists(st.booleans(), min_size=size, max_size=size)
+            new = [data.draw(bits) if with_padding else [True] * size for _ in range(batch)]
+            mask = torch.tensor(new) if with_padding else None
+            logits = model(ids, attention_mask=mask, attention_cache=cache).logits
+            for row in range(batch):
+                tokens[row] += ids[row].tolist()
+                valid[row] += new[row]
+                mask_1L = torch.tensor([valid[row]])
+                alone = model(torch.tensor([tokens[row]]), attention_mask=mask_1L).logits
+                kept = torch.tensor(new[row])
+                torch.testing.assert_close(
+                    logits[row][kept], alone[0, -size:][kept], atol=2e-5, rtol=1e-5
+                )
+        lengths = [data.draw(st.integers(0, len(row))) for row in tokens]
+        cache.rewind(lengths)
+        tokens = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+        valid = [row[:length] for row, length in zip(valid, lengths, strict=True)]
+        assert cache.length == max(lengths)
+        if data.draw(st.booleans()):
+            order = data.draw(st.permutations(range(batch)))
+            cache.reorder(torch.tensor(order))
+            tokens, valid = [tokens[row][:] for row in order], [valid[row][:] for row in order]
+
+
+@torch.no_grad()
+def test_a_rewound_cache_holds_what_a_fresh_one_holds(make_model: MakeModel) -> None:
+    model, ids = make_model(), some_ids()
+    cache, fresh = model.new_cache(3, LENGTH), model.new_cache(3, LENGTH)
+    model(ids[:, :9], attention_cache=cache)
+    cache.rewind([4, 4, 4])
+    again = model(ids[:, 4:], attention_cache=cache).logits
+    model(ids[:, :4], attention_cache=fresh)
+    assert torch.equal(again, model(ids[:, 4:], attention_cache=fresh).logits)
+    for layer, other in zip(cache.layers, fresh.layers, strict=True):
+        assert torch.equal(layer.keys, other.keys) and torch.equal(layer.values, other.values)
+
+
+@torch.no_grad()
+def test_rows_of_different_length_refuse_and_survive_what_does_not_fit(
+    make_model: MakeModel,
+) -> None:
+    model, ids = make_model(), some_ids()
+    cache = model.new_cache(3, 10)
+    model(ids[:, :8], attention_cache=cache)
+    for lengths in ([8, 8], [8, 9, 1], [-1, 2, 3]):
+        with pytest.raises(ValueError, match=r"hold \[8, 8, 8\] columns; they cannot be cut to"):
+            cache.rewind(lengths)
+    cache.rewind([3, 7, 5])
+    with pytest.raises(ValueError, match=r"hold \[3, 7, 5\] columns"):
+        cache.rewind([4, 7, 5])
+    with pytest.raises(ValueError, match="room for 10 positions and holds 7; 4 more"):
+        model(ids[:, 8:12], attention_cache=cache)
+    with pytest.raises(ValueError, match="rewound to different ones"):
+        everything = torch.ones(LENGTH, LENGTH, dtype=torch.bool)
+        model(
+            ids[:, 8:10],
+            attention_mask=AttentionMask.custom(everything.tril()),
+            attention_cache=cache,
+        )
+    with pytest.raises(ValueError, match="must be read in one step"):
+        model(ids[:, 8:10], attention_mask=AttentionMask.prefix(6), attention_cache=cache)
+    found = model(ids[:, 8:10], attention_cache=cache).logits
+    for row, length in enumerate((3, 7, 5)):
+        whole = torch.cat([ids[row, :length], ids[row, 8:10]])[None]
+        torch.testing.assert_close(found[row], model(whole).logits[0, -2:], atol=2e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="sliding window cache has written over"):
+        model.new_sliding_window_cache(3, 4).rewind([0, 0, 0])
 
 
 # What is refused --------------------------------------------------------------------------------

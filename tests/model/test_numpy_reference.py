@@ -66,6 +66,13 @@ def random_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, SMALL.vocab_size, (batch, length), generator=generator)
 
 
+def causal_logits(model: BitGenModel, ids: torch.Tensor, valid: np.ndarray) -> np.ndarray:
+    """The reference's logits `[B, L, V]` of text alone, in causal mode."""
+    decoder = reference_of(model)
+    added = reference.additive_mask(valid, [reference.causal()])
+    return decoder.logits(decoder.embed(ids.numpy()), added, reference.distances(valid))
+
+
 def embedded(model: BitGenModel, ids: torch.Tensor, images: torch.Tensor | None) -> np.ndarray:
     """Image tokens (as our encoder makes them) and embedded text, `[B, S, C]`."""
     x_BLC = reference_of(model).embed(ids.numpy())
@@ -432,12 +439,7 @@ def test_a_mask_over_text_is_extended_over_the_picture() -> None:
 def test_logits_of_other_shapes_and_constants_equal_numpy(changes: dict[str, Any]) -> None:
     model = make_model(**changes)
     ids, valid = random_ids(2, 40), np.ones((2, 40), dtype=bool)
-    expected_by = reference_of(model)
-    expected = expected_by.logits(
-        expected_by.embed(ids.numpy()),
-        reference.additive_mask(valid, [reference.causal()]),
-        reference.distances(valid),
-    )
+    expected = causal_logits(model, ids, valid)
     with torch.no_grad():
         assert_near(model(ids).logits, expected, LOGITS)
 
@@ -490,12 +492,7 @@ def test_ternary_logits_equal_numpy_but_for_rounding_ties() -> None:
     """No such tie was met in 1,440 positions; other machines sum in another order."""
     model = make_model(quantization="ternary")
     ids, valid = random_ids(3, 8), np.array(PADDINGS["gaps"], dtype=bool)
-    expected_by = reference_of(model)
-    expected = expected_by.logits(
-        expected_by.embed(ids.numpy()),
-        reference.additive_mask(valid, [reference.causal()]),
-        reference.distances(valid),
-    )
+    expected = causal_logits(model, ids, valid)
     with torch.no_grad():
         logits = model(ids, attention_mask=torch.from_numpy(valid).long()).logits
     found = np.abs(logits.double().numpy() - expected).max(axis=-1)

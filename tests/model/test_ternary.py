@@ -71,6 +71,17 @@ def test_bf16_autocast_stays_close_and_keeps_float32_weight_gradients() -> None:
     assert autocast_dtype("cpu") is None
 
 
+def test_a_device_without_autocast_multiplies_and_has_gradients() -> None:
+    """No torch has autocast for the meta device, as older ones have none for Apple's GPUs."""
+    with torch.device("meta"):
+        layer, x = TernaryLinear(8, 6), torch.randn(2, 3, 8, requires_grad=True)
+    output = layer(x)
+    output.sum().backward()
+    assert output.shape == (2, 3, 6) and output.dtype == torch.float32
+    assert x.grad is not None and x.grad.shape == x.shape
+    assert layer.weight.grad is not None and layer.weight.grad.shape == layer.weight.shape
+
+
 @pytest.mark.parametrize("width", [64, 50])
 def test_packed_layer_equals_the_trained_one_bit_for_bit(width: int) -> None:
     torch.manual_seed(0)

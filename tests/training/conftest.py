@@ -162,8 +162,8 @@ class Workshop:
         torch.manual_seed(training.seed)
         values: dict[str, Any] = {
             "model": BitGenModel(config or tiny_config()),
-            "train_set": self.dataset(training, True),
-            "val_set": self.dataset(training, False),
+            "train_set": self.dataset(training, True, config=config),
+            "val_set": self.dataset(training, False, config=config),
             "tokenizer": self.tokenizer,
             "catalog": self.catalog,
             "training": training,

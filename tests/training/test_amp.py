@@ -88,28 +88,21 @@ def test_fp16_without_cuda_is_refused(device: str) -> None:
         resolve_precision("fp16", torch.device(device))
 
 
+def test_bf16_without_autocast_is_refused() -> None:
+    """No torch has autocast for the meta device, as older ones have none for Apple's GPUs."""
+    meta = torch.device("meta")
+    with pytest.raises(ConfigError, match="meta") as caught:
+        resolve_precision("bf16", meta)
+    assert "fp32" in str(caught.value.remedy)
+    assert resolve_precision("fp32", meta) == torch.float32
+
+
 def test_autocast_computes_in_the_dtype_and_not_at_all_for_float32() -> None:
     a = torch.randn(4, 4)
     with autocast(CPU, torch.bfloat16):
         assert (a @ a).dtype == torch.bfloat16
     with autocast(CPU, torch.float32):
         assert (a @ a).dtype == torch.float32
-
-
-def test_older_torch_autocast_takes_the_place_of_the_missing_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    made: list[tuple[str, Any]] = []
-
-    def older(kind: str) -> Any:
-        return SimpleNamespace(autocast=lambda dtype: made.append((kind, dtype)))
-
-    monkeypatch.setattr(torch, "amp", SimpleNamespace())
-    monkeypatch.setattr(torch.cuda, "amp", older("cuda"))
-    monkeypatch.setattr(torch.cpu, "amp", older("cpu"))
-    autocast(CUDA, torch.float16)
-    autocast(CPU, torch.bfloat16)
-    assert made == [("cuda", torch.float16), ("cpu", torch.bfloat16)]
 
 
 @pytest.mark.parametrize("newer", [True, False])
@@ -136,7 +129,10 @@ def test_grad_scaler_of_torch_amp_or_of_torch_cuda_amp(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_fp16_the_scaler_passes_everything_through(dtype: torch.dtype) -> None:
+    """With the real class of this torch: `torch.cuda.amp`'s where `torch.amp` has none."""
     scaler = make_grad_scaler(CPU, dtype)
     loss = torch.tensor(2.0)
+    home = torch.amp if hasattr(torch.amp, "GradScaler") else torch.cuda.amp
+    assert type(scaler) is home.GradScaler
     assert not scaler.is_enabled()
     assert scaler.scale(loss) is loss

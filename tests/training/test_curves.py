@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from bitgen.training.curves import _running_mean, draw_curves
@@ -67,3 +68,50 @@ def test_the_running_mean_is_centred_and_leaves_straight_lines_straight() -> Non
     line = [float(value) for value in range(30)]
     assert _running_mean(line, 4) == pytest.approx(line)
     assert _running_mean([0.0, 3.0, 0.0], 1) == [0.0, 1.0, 0.0]
+
+
+def drawn_titles(lines: list[dict[str, Any]], tmp_path: Path, monkeypatch: Any) -> list[str]:
+    """Titles of the panels, of a picture that is drawn."""
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))
+    )
+    draw_curves(write(tmp_path / "metrics.jsonl", lines), tmp_path / "curves.png")
+    (figure,) = figures
+    return [axes.get_title() for axes in figure.axes if axes.get_title()]
+
+
+def test_panels_are_those_that_the_run_has_something_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = training_lines(40)
+    old = ["Caption loss", "Robot selection", "Learning rate", "Speed"]
+    assert drawn_titles(lines, tmp_path, monkeypatch) == old
+    for line in lines:
+        line |= {"skipped": line["step"] == 7, "grad_norm": None if line["step"] == 7 else 1.5}
+    with_norm = [*old[:2], "Gradient norm, before clipping", *old[2:]]
+    assert drawn_titles(lines, tmp_path, monkeypatch) == with_norm
+    for line in lines:
+        line |= {"image_word_loss": 5.0, "future_2_loss": 6.0, "true_loss": line["loss"]}
+        line |= {"padding_share": 0.3, "skipped": "loss exploded" if line["step"] == 7 else None}
+    lines.append(
+        {"kind": "weights", "step": 40, "flips": 3, "flip_share": 0.01, "total_shares": [0.3] * 3}
+    )
+    assert drawn_titles(lines, tmp_path, monkeypatch) == [
+        *old[:2],
+        *("Words foretold from the image", "Other losses", "Gradient norm, before clipping"),
+        *old[2:],
+        *("Padding", "Ternary weights: flips an update"),
+    ]
+
+
+def test_nothing_finite_to_draw_is_no_error(tmp_path: Path, monkeypatch: Any) -> None:
+    lines: list[dict[str, Any]] = [
+        {"kind": "train", "step": 1, "loss": None, "grad_norm": 0.0, "tokens_per_second": 0.0,
+         "padding_share": 0.0, "skipped": "loss or gradients not finite"},
+        {"kind": "weights", "step": 1, "flips": 0, "flip_share": 0.0},
+    ]  # fmt: skip
+    titles = drawn_titles(lines, tmp_path, monkeypatch)
+    assert "Gradient norm, before clipping" in titles
+    assert "Caption loss" not in titles

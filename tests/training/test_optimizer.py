@@ -67,18 +67,28 @@ def test_of_the_whole_model_norms_biases_and_embeddings_do_not_decay(
     assert linear and set(linear) <= set(decayed)
 
 
+def test_experts_decay_and_their_router_does_not() -> None:
+    config = BitGenConfig.preset("nano", num_layers=1, num_experts=2, experts_per_token=2)
+    decayed = set(decayed_parameters(BitGenModel(config)))
+    assert "text_decoder.layers.0.mlp.experts.1.down_proj.weight" in decayed
+    assert "text_decoder.layers.0.mlp.router.weight" not in decayed
+
+
 def test_without_a_fused_kernel_plain_adamw_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.2 does it on a CPU: it refuses after it has written `fused` into the groups."""
     original = torch.optim.AdamW.__init__
 
     def init(self, params, fused=None, **settings):  # type: ignore[no-untyped-def]
+        original(self, params, fused=fused, **settings)
         if fused:
             raise RuntimeError("`fused=True` requires all the params to be on supported devices")
-        original(self, params, **settings)
 
     monkeypatch.setattr(torch.optim.AdamW, "__init__", init)
     model = Parts()
     before = model.linear.weight.clone()
-    take_a_step(model, make_optimizer(model, 1e-2, 0.1))
+    optimizer = make_optimizer(model, 1e-2, 0.1)
+    assert not any(group["fused"] for group in optimizer.param_groups)
+    take_a_step(model, optimizer)
     assert not torch.equal(model.linear.weight, before)
 
 

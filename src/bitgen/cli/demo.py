@@ -17,8 +17,9 @@ from bitgen.errors import BitGenError, InputError
 if TYPE_CHECKING:
     from bitgen.dataset.robots import RobotTask
     from bitgen.inference.predictor import BitGen, Caption
+    from bitgen.training.events import TrainerCallback
     from bitgen.training.setup import SetupObserver
-    from bitgen.training.trainer import Trainer, TrainerCallback
+    from bitgen.training.trainer import Trainer
 
 # Tuned so that two cores need a few minutes, and held-out scenes are described well.
 MODEL_SIZE = "nano"
@@ -85,6 +86,7 @@ def demo(
         batch_size=batch_size,
         learning_rate=learning_rate,
         warmup_steps=min(WARMUP_STEPS, max_steps // 20),
+        schedule="cosine",
         weight_decay=WEIGHT_DECAY,
         augment=False,  # there are enough scenes for so few epochs
         prompt_probability=0.0,

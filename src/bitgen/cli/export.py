@@ -21,6 +21,14 @@ def export(
     format: Annotated[
         str, typer.Option("--format", help="Format of the file.", metavar="safetensors")
     ] = "safetensors",
+    drop_future_heads: Annotated[
+        bool,
+        typer.Option(
+            "--drop_future_heads",
+            help="Leave out what predicts tokens beyond the next: a smaller file with the same"
+            " captions, written one token a call.",
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the file if it exists.")
     ] = False,
@@ -36,7 +44,9 @@ def export(
     source = model_or_newest_run(model)
     from bitgen.export.safetensors import export_safetensors
 
-    report = export_safetensors(source, output, overwrite=overwrite)
+    report = export_safetensors(
+        source, output, overwrite=overwrite, drop_future_heads=drop_future_heads
+    )
     if json:
         console.json({"model": str(source), "output": str(output), **dataclasses.asdict(report)})
         return

@@ -42,6 +42,12 @@ def describe_failure(error: BaseException) -> Failure:
             "Take a smaller --batch_size (in training with --grad_accumulation) or model.",
             EXIT_FAILED,
         )
+    if isinstance(error, RuntimeError) and str(error) == "Numpy is not available":
+        return Failure(
+            "This torch was built for NumPy 1 and cannot use the NumPy 2 that is installed.",
+            'Run: pip install "numpy<2", or install torch 2.3 or later.',
+            EXIT_BAD_INPUT,
+        )
     first_line = next(iter(str(error).splitlines()), "")
     return Failure(
         f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__,

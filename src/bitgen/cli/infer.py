@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,15 @@ def infer(
             " memory then stays the same and --max_tokens may be any number. 0: all.",
         ),
     ] = 0,
+    speculative: Annotated[
+        bool | None,
+        typer.Option(
+            "--speculative/--no_speculative",
+            show_default=False,
+            help="Draft several tokens and check them in one call: the same greedy captions, by a"
+            " model of --predict_tokens 2 or more. Default: up to four pictures at a time.",
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch_size", help="Pictures at a time.")] = 16,
     device: Annotated[
         str, typer.Option("--device", metavar="|".join(DEVICES), help="Where to run.")
@@ -113,14 +123,14 @@ def infer(
         )
     source = model_or_newest_run(model)
 
-    from bitgen.inference.heatmap import attention_maps, draw_maps, patch_grid, plan_folders
     from bitgen.inference.predictor import BitGen
 
     folders: list[Path] | list[None] = [None] * len(paths)
     if heatmap is not None:
+        from bitgen.inference.heatmap import attention_maps, draw_maps, patch_grid, plan_folders
+
         folders = plan_folders(heatmap, paths)
     bitgen = BitGen.load(source, device=device)
-    grid = None if heatmap is None else patch_grid(bitgen)
     if task is not None and not bitgen.config.robot_names:
         console.warning("This model was trained without robot tasks: its ranking means nothing.")
     reads_only = bitgen.config.attention_mode == "bidirectional"
@@ -130,6 +140,7 @@ def infer(
             remedy="Ask with --task and without --heatmap, or take a model of another"
             " --attention_mode.",
         )
+    grid = None if heatmap is None else patch_grid(bitgen)
     if not paths:
         assert task is not None
         _show(Answer(None, None, bitgen.select_robots(task)), json)
@@ -161,6 +172,7 @@ def infer(
                 max_tokens=max_tokens,
                 batch_size=batch_size,
                 attention_window=attention_window,
+                speculative=speculative,
             )
         ranked: list[list[RobotChoice]] | list[None] = [None] * len(pictures)
         if task is not None:
@@ -257,6 +269,8 @@ def _show(answer: Answer, json: bool) -> None:
             "tokens": None if caption is None else caption.tokens,
             "log_probability": None if caption is None else caption.log_probability,
         }
+        if caption is not None and caption.speculation is not None:
+            line["speculation"] = dataclasses.asdict(caption.speculation)
         if robots is not None:
             line["robots"] = [
                 {"name": robot.name, "probability": robot.probability} for robot in robots

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from bitgen.cli.models import model_or_newest_run
-from bitgen.console import console, file_size
+from bitgen.console import console, duration, file_size
 
 
 def info(
@@ -25,11 +26,23 @@ def info(
     """Show parameters by part, bits a weight, bytes, layers, dtype, and what it was trained on."""
     source = model_or_newest_run(model)
 
+    from bitgen.cli.training_run import figure_rows
     from bitgen.inference.inspect import describe
+    from bitgen.training.checkpoint import METRICS_FILE
+    from bitgen.training.figures import read_figures
 
     found = describe(source)
+    metrics, figures = source / METRICS_FILE, None
+    if metrics.is_file():
+        figures = read_figures(metrics)
     if json:
-        console.json({**dataclasses.asdict(found), "path": str(found.path)})
+        console.json(
+            {
+                **dataclasses.asdict(found),
+                "path": str(found.path),
+                "figures": None if figures is None else dataclasses.asdict(figures),
+            }
+        )
         return
     total = (found.ternary_parameters, found.float_parameters, found.parameters)
     console.table(
@@ -53,7 +66,17 @@ def info(
         (
             "decoder",
             f"{found.decoder_layers} layers, width {found.hidden_size},"
-            f" up to {found.max_positions} positions",
+            + (
+                f" {found.experts_per_token} of {found.num_experts} experts a token,"
+                if found.num_experts > 1
+                else ""
+            )
+            + f" up to {found.max_positions} positions"
+            + (
+                ""
+                if found.predict_tokens == 1
+                else f", predicts {found.predict_tokens} tokens at a time"
+            ),
         ),
         (
             "image encoder",
@@ -76,7 +99,13 @@ def info(
         rows.append(("trained", f"{found.step:,} steps in run {found.run}"))
     if found.tokens and found.images:
         rows.append(("seen", f"{found.tokens:,} text tokens, {found.images:,} pictures"))
-    if found.best_validation_loss is not None:
+    if found.training_seconds:
+        rows.append(("time in updates", duration(found.training_seconds)))
+    if found.training:
+        rows.append(("schedule", _schedule_words(found.training)))
+    if figures is not None:
+        rows += figure_rows(figures)
+    elif found.best_validation_loss is not None:
         rows.append(("best validation loss", f"{found.best_validation_loss:.3f}"))
     rows += [
         (name.replace("_", " "), _words(value))
@@ -84,6 +113,20 @@ def info(
         if value not in (None, [], 0)
     ]
     console.table(("", ""), rows)
+
+
+def _schedule_words(training: Mapping[str, Any]) -> str:
+    """Learning rate and batch, of what a run records of its training; older ones record less."""
+    kind = training.get("schedule", "cosine")
+    parts = [f"{kind}, learning rate {training['learning_rate']:g}"]
+    if training.get("warmup_steps"):
+        parts.append(f"warm-up of {training['warmup_steps']:,} updates")
+    if training.get("word_pretraining_steps"):
+        parts.append(f"{training['word_pretraining_steps']:,} updates on image words first")
+    batch = f"batches of {training['batch_size']:,}"
+    if training.get("grad_accumulation", 1) > 1:
+        batch += f" x {training['grad_accumulation']:,}"
+    return ", ".join([*parts, batch])
 
 
 def _words(value: object) -> str:

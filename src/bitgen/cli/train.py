@@ -14,21 +14,23 @@ from bitgen.config import MODEL_SIZES, BitGenConfig, TrainingConfig
 from bitgen.errors import InputError
 
 DATA, MODEL, TRAINING, RUN = "Data", "Model", "Training", "Run and machine"
+LOGS = ("none", "tensorboard")
 
-_DATA_FIELDS = ("captions", "max_caption_tokens", "augment")
+_DATA_FIELDS = ("captions", "max_caption_tokens", "augment", "length_buckets")
 _MODEL_FIELDS = (
     "image_size", "image_resize", "image_encoder", "freeze_encoder", "quantization",
-    "attention_mode", "dropout",
+    "attention_mode", "dropout", "num_experts", "experts_per_token", "predict_tokens",
 )  # fmt: skip
 _TRAINING_FIELDS = (
     "num_epochs", "max_steps", "batch_size", "grad_accumulation", "learning_rate",
-    "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip", "label_smoothing",
-    "robot_loss_weight", "image_word_weight", "word_pretraining_steps", "prompt_probability",
-    "seed",
+    "min_learning_rate", "schedule", "warmup_steps", "weight_decay", "grad_clip", "label_smoothing",
+    "robot_loss_weight", "image_word_weight", "future_token_weight", "load_balance_weight",
+    "router_z_weight", "word_pretraining_steps", "objective", "mlm_probability",
+    "prompt_probability", "seed",
 )  # fmt: skip
 _RUN_FIELDS = (
-    "eval_every", "save_every", "patience", "keep_checkpoints", "precision", "device",
-    "num_workers",
+    "eval_every", "save_every", "patience", "keep_checkpoints", "weights_every", "precision",
+    "device", "parallel", "num_workers", "compile", "activation_checkpointing",
 )  # fmt: skip
 TRAIN_OPTIONS = [
     *config_options(TrainingConfig, _DATA_FIELDS, DATA),
@@ -138,6 +140,34 @@ def train(
             "--overwrite", rich_help_panel=RUN, help="Replace the run that is in --output_dir."
         ),
     ] = False,
+    logs: Annotated[
+        str,
+        typer.Option(
+            "--logs",
+            metavar="|".join(LOGS),
+            rich_help_panel=RUN,
+            help="What to write beside metrics.jsonl. tensorboard: losses, speed, ternary weights,"
+            " and captions of a few validation pictures, for `tensorboard --logdir`. With torchrun:"
+            " -m -- bitgen train ...",
+        ),
+    ] = LOGS[0],
+    log_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--log_dir",
+            metavar="DIR",
+            rich_help_panel=RUN,
+            help="Where --logs writes. Default: tensorboard in the run's folder.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry_run",
+            rich_help_panel=RUN,
+            help="Print sizes, memory and time that the training would take, and write nothing.",
+        ),
+    ] = False,
     json: Annotated[
         bool,
         typer.Option(
@@ -149,12 +179,21 @@ def train(
     """Train a model on COCO captions and, where given, robot tasks."""
     if resume and overwrite:
         raise InputError("--resume goes on with a run, --overwrite replaces it: give one of them.")
+    if dry_run and resume:
+        raise InputError(
+            "--dry_run is for a new training: a run that is resumed takes what it took before.",
+            remedy="Leave one of --dry_run and --resume out.",
+        )
     if not coco_data and not resume:
         raise InputError(
             "--coco_data is missing.",
             remedy="Name a folder in COCO layout: --coco_data data/coco. `bitgen data scenes DIR`"
             " draws one, `bitgen data download coco` fetches COCO.",
         )
+    if logs not in LOGS:
+        raise InputError(f"--logs must be one of {', '.join(LOGS)}; got {logs!r}.")
+    if log_dir is not None and logs == "none":
+        raise InputError("--log_dir says where --logs writes: give --logs tensorboard too.")
     given = {
         name for name in context.params
         if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
@@ -169,35 +208,76 @@ def train(
         "tokenizer": tokenizer,
     }
     training = TrainingConfig(**training_changes)
+    if dry_run:
+        from bitgen.cli.dry_run import show_estimate
+        from bitgen.cli.training_run import ConsoleObserver
+        from bitgen.training.estimate import estimate_training
+        from bitgen.training.setup import DataSources, refuse_existing_output
+
+        if output_dir is not None:
+            refuse_existing_output(output_dir, overwrite)
+        estimate = estimate_training(
+            DataSources(**sources), model_size, model_changes, training, ConsoleObserver()
+        )
+        show_estimate(estimate, json=json)
+        return
 
     from bitgen.cli.training_run import show_summary, train_on_console
-    from bitgen.training.checkpoint import latest_run
+    from bitgen.training.checkpoint import CONFIG_FILE, latest_run
+    from bitgen.training.distributed import joined_world
+    from bitgen.training.events import TrainerCallback
     from bitgen.training.setup import DataSources, SetupObserver, prepare_resume, prepare_training
-    from bitgen.training.trainer import Trainer, TrainerCallback
+    from bitgen.training.trainer import Trainer
 
-    def prepare(observer: SetupObserver, callback: TrainerCallback) -> Trainer:
-        if resume:
-            return prepare_resume(
-                output_dir or latest_run(RUNS),
-                source_changes={n: value for n, value in sources.items() if n in given},
-                model_size=model_size if "model_size" in given else None,
-                model_changes={n: value for n, value in model_changes.items() if n in given},
-                training_changes={n: value for n, value in training_changes.items() if n in given},
+    with joined_world() as world:
+        if logs == "tensorboard" and world.is_main:
+            from bitgen.cli.tensorboard import LOG_FOLDER, check_tensorboard
+
+            check_tensorboard(log_dir)
+        if world.restarts and not resume:
+            if output_dir is None:
+                raise InputError(
+                    "torchrun has started the training again, but which run it was is not known.",
+                    remedy="Give --output_dir with every training that may be restarted.",
+                )
+            resume = (output_dir / CONFIG_FILE).is_file()
+        if output_dir is None:
+            newest = latest_run(RUNS) if resume else None
+            made = RUNS / f"{model_size}-{datetime.now():%Y%m%d-%H%M%S}"
+            output_dir = Path(world.text_of_main(str(newest or made)))
+        run_dir = output_dir
+
+        def prepare(observer: SetupObserver, callback: TrainerCallback) -> Trainer:
+            if resume:
+                return prepare_resume(
+                    run_dir,
+                    source_changes={n: value for n, value in sources.items() if n in given},
+                    model_size=model_size if "model_size" in given else None,
+                    model_changes={n: value for n, value in model_changes.items() if n in given},
+                    training_changes={
+                        n: value for n, value in training_changes.items() if n in given
+                    },
+                    cache_dir=cache_dir,
+                    callbacks=[callback],
+                    observer=observer,
+                    world=world,
+                )
+            return prepare_training(
+                DataSources(**sources),
+                run_dir,
+                model_size=model_size,
+                model_changes=model_changes,
+                training=training,
+                encoder_weights=encoder_weights,
                 cache_dir=cache_dir,
+                overwrite=overwrite,
                 callbacks=[callback],
                 observer=observer,
+                world=world,
             )
-        return prepare_training(
-            DataSources(**sources),
-            output_dir or RUNS / f"{model_size}-{datetime.now():%Y%m%d-%H%M%S}",
-            model_size=model_size,
-            model_changes=model_changes,
-            training=training,
-            encoder_weights=encoder_weights,
-            cache_dir=cache_dir,
-            overwrite=overwrite,
-            callbacks=[callback],
-            observer=observer,
-        )
 
-    show_summary(train_on_console(prepare, resume=resume), json=json)
+        if world.is_main:
+            logs_to = None if logs == "none" else log_dir or run_dir / LOG_FOLDER
+            show_summary(train_on_console(prepare, resume=resume, log_dir=logs_to), json=json)
+        else:
+            prepare(SetupObserver(), TrainerCallback()).train(resume=resume)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 from bitgen.console import ProgressBar, console, duration
-from bitgen.training.setup import SetupObserver
-from bitgen.training.trainer import (
+from bitgen.training.checkpoint import METRICS_FILE
+from bitgen.training.events import (
     StepReport,
-    Trainer,
     TrainerCallback,
     TrainingStart,
     TrainingSummary,
     ValidationReport,
 )
+from bitgen.training.figures import RunFigures, read_figures
+from bitgen.training.setup import SetupObserver
+from bitgen.training.trainer import Trainer
 
 
 class ConsoleObserver(SetupObserver):
@@ -76,7 +80,7 @@ class ConsoleCallback(TrainerCallback):
             report.step, report.total_steps, "  ".join(parts), report.seconds_remaining
         )
         if report.skipped:
-            console.warning(f"Step {report.step}: loss or gradients not finite, update skipped.")
+            console.warning(f"Step {report.step}: {report.skipped}, update skipped.")
 
     def on_validation(self, report: ValidationReport) -> None:
         console.note(f"Step {report.step:,}: validation {_validation_words(report)}")
@@ -86,22 +90,37 @@ class ConsoleCallback(TrainerCallback):
 
 
 def train_on_console(
-    prepare: Callable[[SetupObserver, TrainerCallback], Trainer], resume: bool = False
+    prepare: Callable[[SetupObserver, TrainerCallback], Trainer],
+    resume: bool = False,
+    log_dir: Path | None = None,
 ) -> TrainingSummary:
-    """Prepare and train with progress bars; returns and raises what the trainer does."""
+    """Prepare and train with progress bars; returns and raises what the trainer does.
+
+    With `log_dir`, a log for TensorBoard is written there.
+    """
     bar = ProgressBar("Training", "steps", enabled=not console.quiet)
     with closing(ConsoleObserver()) as observer:
         trainer = prepare(observer, ConsoleCallback(bar))
-    with closing(bar):
+    with closing(bar), ExitStack() as logs:
+        if log_dir is not None:
+            from bitgen.cli.tensorboard import TensorBoardCallback
+
+            log = TensorBoardCallback(trainer, log_dir)
+            trainer.add_callback(logs.enter_context(closing(log)))
         return trainer.train(resume=resume)
 
 
 def show_summary(summary: TrainingSummary, json: bool) -> None:
     """The end-of-run table, or the same as one JSON object."""
-    validation = summary.validation
+    validation, start = summary.validation, summary.start
+    figures = read_figures(summary.run_dir / METRICS_FILE)
     if json:
         console.json(
             {
+                "parameters": start.num_parameters,
+                "device": start.device,
+                "processes": start.num_processes,
+                "precision": start.precision,
                 "run": str(summary.run_dir),
                 "checkpoint": str(summary.checkpoint_dir),
                 "steps": summary.steps,
@@ -112,16 +131,23 @@ def show_summary(summary: TrainingSummary, json: bool) -> None:
                 "robot_loss": validation.robot_loss if validation else None,
                 "robot_exact_match": validation.robot_exact_match if validation else None,
                 "best_step": summary.best_step,
-                "skipped_steps": summary.skipped_steps,
+                "best_loss": summary.best_loss,
                 "seconds": summary.seconds,
+                "wall_seconds": summary.wall_seconds,
                 "tokens_per_second": summary.tokens_per_second,
                 "images_per_second": summary.images_per_second,
                 "curves": str(summary.curves) if summary.curves else None,
+                **dataclasses.asdict(figures),
+                "skipped_steps": summary.skipped_steps,
             }
         )
         return
+    processes = f", {start.num_processes} processes" if start.num_processes > 1 else ""
     rows: list[tuple[str, str]] = [
+        ("trained", f"{start.num_parameters:,} parameters"),
+        ("on", f"{start.device}{processes}, {start.precision}"),
         ("steps", f"{summary.steps:,} ({summary.epochs:.1f} epochs)"),
+        ("time", f"{duration(summary.wall_seconds)}, with validation and saving"),
         ("time in updates", duration(summary.seconds)),
         (
             "speed",
@@ -131,11 +157,8 @@ def show_summary(summary: TrainingSummary, json: bool) -> None:
     if summary.loss is not None and summary.first_loss is not None:
         rows.append(("training loss", f"{summary.first_loss:.3f} -> {summary.loss:.3f}"))
     if validation is not None:
-        rows.append(("validation", _validation_words(validation)))
-    if summary.best_step is not None:
-        rows.append(("best step", f"{summary.best_step:,}"))
-    if summary.skipped_steps:
-        rows.append(("skipped steps", f"{summary.skipped_steps:,}"))
+        rows.append(("validation", f"step {validation.step:,}: {_validation_words(validation)}"))
+    rows += figure_rows(figures)
     rows.append(("run", str(summary.run_dir)))
     if summary.curves is not None:
         rows.append(("curves", str(summary.curves)))
@@ -146,12 +169,39 @@ def show_summary(summary: TrainingSummary, json: bool) -> None:
         console.result(f"Rank robots with: bitgen infer --task JOB --model {summary.run_dir}")
 
 
+def figure_rows(figures: RunFigures) -> list[tuple[str, str]]:
+    """Names and words of the figures that a run holds, for a table."""
+    rows: list[tuple[str, str]] = []
+    if figures.best_validation is not None:
+        best = dict(figures.best_validation)
+        rows.append(("best validation", f"step {best.pop('step'):,}: {_judged_words(**best)}"))
+    if figures.padding_share is not None:
+        rows.append(("padding", f"{figures.padding_share:.1%} of text positions"))
+    if figures.skipped_steps:
+        words = f"{figures.skipped_steps:,}, the last one step {figures.last_skipped_step:,}"
+        why = f": {figures.last_skipped}" if figures.last_skipped else ""
+        rows.append(("skipped updates", words + why))
+    if figures.ternary_shares is not None:
+        minus, zero, plus = figures.ternary_shares
+        rows.append(("ternary weights", f"-1 {minus:.1%}, 0 {zero:.1%}, +1 {plus:.1%}"))
+    if figures.flips is not None and figures.flip_share is not None:
+        flips = f"{figures.flips:,} of them ({100 * figures.flip_share:.2g}%)"
+        rows.append(("flips an update", f"{flips} in step {figures.ternary_step:,}"))
+    return rows
+
+
 def _validation_words(report: ValidationReport) -> str:
+    return _judged_words(report.loss, report.robot_loss, report.robot_exact_match)
+
+
+def _judged_words(
+    loss: float | None, robot_loss: float | None, robot_exact_match: float | None
+) -> str:
     parts = []
-    if report.loss is not None:
-        parts.append(f"loss {report.loss:.3f}")
-    if report.robot_loss is not None:
-        parts.append(f"robot loss {report.robot_loss:.3f}")
-    if report.robot_exact_match is not None:
-        parts.append(f"robots right {report.robot_exact_match:.1%}")
+    if loss is not None:
+        parts.append(f"loss {loss:.3f}")
+    if robot_loss is not None:
+        parts.append(f"robot loss {robot_loss:.3f}")
+    if robot_exact_match is not None:
+        parts.append(f"robots right {robot_exact_match:.1%}")
     return ", ".join(parts) or "without captions or robot tasks that have a loss"

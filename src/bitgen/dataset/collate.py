@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-_LENGTH_STEP = 8
+LENGTH_STEP = 8
 """Rows are padded to a multiple of this: kernels are prepared once a shape, so few shapes serve."""
 IGNORED_LABEL = -100
 """Label of positions without loss: padding, prompt; image positions have no label at all."""
@@ -30,6 +30,7 @@ class Sample:
     Attributes:
         input_ids: token ids.
         num_prefix: how many of them form the prefix, without loss; the rest are the caption.
+        labels: aligned with `input_ids`; None: the caption is its own label, the prefix has none.
         image: uint8 `[3, S, S]`, or None.
         robot_labels: 0/1 a robot of the catalog, or None if the sample is no robot task.
         image_words: weight of each token that the picture's captions hold; they add up to 1.
@@ -40,6 +41,7 @@ class Sample:
     image: torch.Tensor | None
     robot_labels: tuple[float, ...] | None = None
     image_words: dict[int, float] = dataclasses.field(default_factory=dict)
+    labels: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Batch:
     Attributes:
         input_ids: int64 `[B, L]`.
         attention_mask: bool `[B, L]`, True = token.
-        labels: int64 `[B, L]`, aligned with `input_ids`; -100 = no loss.
+        labels: int64 `[B, L]`, aligned with `input_ids`; -100 = no loss. In captions the tokens
+            themselves; in masked language modelling what stood at the chosen positions.
         prefix_lengths: int64 `[B]`, text tokens in each row's prefix.
         images: uint8 `[B, 3, H, W]`, or None if no row has a picture.
         image_mask: bool `[B]`, False = the row has no picture (zeros stand in its place).
@@ -71,6 +74,15 @@ class Batch:
     def rows(self, chosen_B: torch.Tensor) -> Batch:
         """The rows where bool `[B]` is True."""
         return self._map(lambda tensor: tensor[chosen_B])
+
+    def without_labels(self) -> Batch:
+        """The batch with nothing to learn from it."""
+        return dataclasses.replace(
+            self,
+            labels=torch.full_like(self.labels, IGNORED_LABEL),
+            robot_labels=torch.full_like(self.robot_labels, float("nan")),
+            word_weights=torch.zeros_like(self.word_weights),
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on another device."""
@@ -96,7 +108,7 @@ class Collator:
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """One batch of the samples, in their order."""
         batch, longest = len(samples), max(len(sample.input_ids) for sample in samples)
-        length = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
+        length = -(-longest // LENGTH_STEP) * LENGTH_STEP
         input_ids = torch.full((batch, length), self.pad_id)
         labels = torch.full((batch, length), IGNORED_LABEL)
         robot_labels = torch.full((batch, self.num_robots), float("nan"))
@@ -109,7 +121,10 @@ class Collator:
             word_weights[row, : len(words)] = torch.tensor(list(words.values()))
             end = len(sample.input_ids)
             input_ids[row, :end] = torch.tensor(sample.input_ids)
-            labels[row, sample.num_prefix : end] = input_ids[row, sample.num_prefix : end]
+            if sample.labels is None:
+                labels[row, sample.num_prefix : end] = input_ids[row, sample.num_prefix : end]
+            else:
+                labels[row, :end] = torch.tensor(sample.labels)
             if sample.robot_labels is not None:
                 robot_labels[row] = torch.tensor(sample.robot_labels)
         lengths_B = torch.tensor([len(sample.input_ids) for sample in samples])

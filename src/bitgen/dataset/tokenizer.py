@@ -1,6 +1,8 @@
 """Byte-level BPE over captions, tasks and robot texts; any text round-trips.
 
 caption:    <|bos|> words <|eos|>        task: <|task|> words        robot: <|robot|> words
+
+`<|mask|>` stands for a hidden word in masked language modelling, and nowhere else.
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from bitgen.errors import InputError
 
-SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|task|>", "<|robot|>")
+MASK_TOKEN = "<|mask|>"
+SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|task|>", "<|robot|>", MASK_TOKEN)
+
+_ENCODED_AT_ONCE = 10_000  # texts: what `tokenizers` makes of one takes about a kilobyte
 
 
 class Tokenizer:
@@ -21,20 +26,24 @@ class Tokenizer:
 
     Attributes:
         pad_id, bos_id, eos_id, task_id, robot_id: ids of the special tokens.
+        mask_id: id of `<|mask|>`; None for tokenizers made before there was one.
+        special_ids: all of these.
         vocab_size: number of entries; a model's embedding may have more rows.
     """
 
     def __init__(self, backend: HuggingFaceTokenizer) -> None:
-        ids = [backend.token_to_id(token) for token in SPECIAL_TOKENS]
-        if None in ids:
-            missing = [token for token, i in zip(SPECIAL_TOKENS, ids, strict=True) if i is None]
+        ids = {token: backend.token_to_id(token) for token in SPECIAL_TOKENS}
+        missing = [token for token, i in ids.items() if i is None and token != MASK_TOKEN]
+        if missing:
             raise InputError(
                 f"The tokenizer lacks the special tokens {', '.join(missing)}.",
                 remedy="Add them to it, or let `bitgen train` make a tokenizer.",
             )
-        found = [i for i in ids if i is not None]
-        self.pad_id, self.bos_id, self.eos_id, self.task_id, self.robot_id = found
-        self.special_ids = frozenset(found)
+        found = {token: i for token, i in ids.items() if i is not None}
+        self.pad_id, self.bos_id, self.eos_id, self.task_id, self.robot_id, *_ = found.values()
+        self.mask_id = found.get(MASK_TOKEN)
+        self.special_ids = frozenset(found.values())
+        self._special_tokens = tuple(found)
         self.vocab_size = backend.get_vocab_size()
         self._backend = backend
 
@@ -89,10 +98,28 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of the words alone. Text that spells a special token is not turned into one."""
         ids: list[int] = []
-        normalised = _normalise(text)
-        for piece in _split_off_special_tokens(normalised):
+        for piece in self._pieces(text):
             ids += self._backend.encode(piece, add_special_tokens=False).ids
         return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        if self._backend.padding is not None:  # which would fill texts up to the longest
+            return [self.encode(text) for text in texts]
+        encoded: list[list[int]] = []
+        for start in range(0, len(texts), _ENCODED_AT_ONCE):
+            split = [self._pieces(text) for text in texts[start : start + _ENCODED_AT_ONCE]]
+            pieces = [piece for pieces in split for piece in pieces]
+            found = iter(self._backend.encode_batch(pieces, add_special_tokens=False))
+            encoded += [[i for _ in pieces for i in next(found).ids] for pieces in split]
+        return encoded
+
+    def _pieces(self, text: str) -> list[str]:
+        """Cut inside every spelled-out special token, so that user text can never produce one."""
+        text = _normalise(text)
+        for token in self._special_tokens:
+            text = text.replace(token, f"{token[0]}\0{token[1:]}")
+        return [piece for piece in text.split("\0") if piece]
 
     def encode_task(self, text: str) -> list[int]:
         """`<|task|>` and the words of a robot task."""
@@ -106,6 +133,12 @@ class Tokenizer:
         """The text of ids; special tokens are left out."""
         return self._backend.decode(list(ids), skip_special_tokens=True).strip()
 
+    def ordinary_ids(self) -> list[int]:
+        """Ids that stand for text: all but the special ones, this tokenizer's own included."""
+        added = self._backend.get_added_tokens_decoder()
+        special = self.special_ids.union(i for i, token in added.items() if token.special)
+        return sorted(set(self._backend.get_vocab(with_added_tokens=True).values()) - special)
+
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """Each id's own text, spaces kept."""
         return [self._backend.decode([i], skip_special_tokens=False) for i in ids]
@@ -113,10 +146,3 @@ class Tokenizer:
 
 def _normalise(text: str) -> str:
     return " ".join(text.split())
-
-
-def _split_off_special_tokens(text: str) -> list[str]:
-    """Cut inside every spelled-out special token, so that user text can never produce one."""
-    for token in SPECIAL_TOKENS:
-        text = text.replace(token, f"{token[0]}\0{token[1:]}")
-    return [piece for piece in text.split("\0") if piece]

@@ -96,7 +96,10 @@ class ArtifactHeader:
 
 
 def export_safetensors(
-    model_path: Path | str, output: Path | str, overwrite: bool = False
+    model_path: Path | str,
+    output: Path | str,
+    overwrite: bool = False,
+    drop_future_heads: bool = False,
 ) -> ExportReport:
     """Write a run as one file. It is written beside `output` and renamed when it is whole.
 
@@ -104,6 +107,8 @@ def export_safetensors(
         model_path: a run's folder (its best checkpoint, else its last) or a checkpoint's folder.
         output: the file to write; its folder is made if needed.
         overwrite: replace an output that exists.
+        drop_future_heads: leave out the heads that predict tokens beyond the next. The file's
+            config then says `predict_tokens` 1, and it answers the same.
 
     Raises:
         ModelFileError: `model_path` is no run, or a damaged one.
@@ -127,6 +132,8 @@ def export_safetensors(
             remedy="Give the folder that `bitgen train` wrote.",
         )
     model, tokenizer, catalog, info = load_run(model_path)
+    if drop_future_heads:
+        model.drop_future_heads()
     tensors = model.state_dict()
     metadata = {
         "format": FORMAT,

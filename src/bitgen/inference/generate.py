@@ -1,4 +1,4 @@
-"""Text generation with a cache: greedy, sampling, and beam search.
+"""Text generation with a cache: greedy, speculative, sampling, and beam search.
 
     images, prompts --one call--> cache and logits --choose--> token --.
                                            ^--------one call a token---'
@@ -13,17 +13,41 @@ that may be generated.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from bitgen.errors import InputError
-from bitgen.model.bitgen import BitGenModel
-from bitgen.model.cache import AttentionCache
+from bitgen.model.bitgen import BitGenModel, BitGenOutput
+from bitgen.model.cache import AttentionCache, StaticCache
 
 _TEXT_SINKS = 4
 """Text tokens that are never forgotten: with fewer, fluency is lost (arXiv 2309.17453, table 2)."""
+
+_MOST_ROWS_BY_DEFAULT = 4
+"""Drafts save time in batches up to this (benchmarks/speculative.py); a larger one keeps the
+processor busy with one column already."""
+_WORTH_CHECKING = 0.2
+"""A draft is checked where it is right with this probability: one more column costs a call of the
+model so much of its time (on a CPU, nano and tiny, up to 16 rows)."""
+_WORTH_GOING_ON = 0.4
+"""Another draft is made where the last one is right with this probability: it costs more than the
+column, and is right less often."""
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """What speculative decoding saved one row."""
+
+    model_calls: int
+    """Calls of the model until the row ended, the prompt's included; without drafts there would be
+    one a token, the end of text included."""
+    drafted: int
+    """Tokens that the future token heads drafted."""
+    accepted: int
+    """Those among them that the model itself would have chosen, up to the row's end."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +61,8 @@ class Generation:
     over its whole vocabulary and at temperature 1, whatever was used to choose them."""
     finished: bool
     """Whether the end of text was generated; False where `max_tokens` cut the row off."""
+    speculation: Speculation | None = None
+    """None where every token took a call of the model."""
 
 
 @torch.inference_mode()
@@ -55,6 +81,7 @@ def generate(
     never_ids: Sequence[int] = (),
     vocab_size: int | None = None,
     attention_window: int = 0,
+    speculative: bool | None = None,
 ) -> list[Generation]:
     """Continue each prompt until the end of text or `max_tokens`.
 
@@ -78,13 +105,17 @@ def generate(
         attention_window: tokens that each token looks back on, beside the picture and the first
             few (attention sinks, arXiv 2309.17453). Memory then stays the same, and `max_tokens`
             may be any number; 0 looks back on all.
+        speculative: draft further tokens by the model's future token heads and check them in one
+            call (see `_generate_speculatively`): the same greedy tokens, sooner. None does so where
+            it can be done and the batch is small.
 
     Returns:
         One `Generation` a row, in order.
 
     Raises:
         InputError: an option out of range, options that exclude each other, prompt and
-            `max_tokens` that do not fit the model's positions, or a bidirectional model.
+            `max_tokens` that do not fit the model's positions, a bidirectional model, or
+            `speculative` with a model without future token heads.
     """
     if model.config.attention_mode == "bidirectional":
         raise InputError(
@@ -98,7 +129,18 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        attention_window=attention_window,
+        speculative=speculative,
     )
+    if speculative is None:
+        is_greedy = beam_size == 1 and temperature == 0 and not attention_window
+        is_small = len(prompt_ids) <= _MOST_ROWS_BY_DEFAULT
+        speculative = is_greedy and is_small and len(model.future_heads) > 0
+    elif speculative and not len(model.future_heads):
+        raise InputError(
+            "This model has no future token heads to draft with.",
+            remedy="Leave speculative decoding out, or train with --predict_tokens 2 or more.",
+        )
     if not prompt_ids:
         return []
     image_tokens = model.num_image_tokens if images is not None else 0
@@ -115,7 +157,11 @@ def generate(
     model.eval()
     try:
         never_V = _never_mask(model, never_ids, vocab_size)
-        logits_BV, cache = _read_prompts(model, images, prompt_ids, max_tokens, attention_window)
+        read, cache = _read_prompts(model, images, prompt_ids, max_tokens, attention_window)
+        if speculative:
+            assert isinstance(cache, StaticCache)
+            return _generate_speculatively(model, read, cache, never_V, eos_id, max_tokens)
+        logits_BV = read.logits[:, -1].float()
         if beam_size > 1:
             return _beam_search(
                 model, logits_BV, cache, never_V, eos_id, max_tokens, beam_size, length_penalty
@@ -139,6 +185,8 @@ def check_options(
     temperature: float,
     top_k: int,
     top_p: float,
+    attention_window: int = 0,
+    speculative: bool | None = None,
 ) -> None:
     """Raise InputError for generation options out of range or excluding each other."""
     if max_tokens < 1:
@@ -162,6 +210,12 @@ def check_options(
         raise InputError(
             "top_k and top_p choose among sampled tokens, but temperature 0 does not sample.",
             remedy="Set temperature too, for instance to 1.",
+        )
+    if speculative and (beam_size > 1 or temperature > 0 or attention_window):
+        raise InputError(
+            "Speculative decoding is greedy, over the whole text: it takes no beams, temperature or"
+            " attention window.",
+            remedy="Leave either out.",
         )
 
 
@@ -215,8 +269,8 @@ def _read_prompts(
     prompt_ids: Sequence[Sequence[int]],
     max_tokens: int,
     attention_window: int,
-) -> tuple[torch.Tensor, AttentionCache]:
-    """Run pictures and prompts through the model: logits of the first token `[B, V]`, cache."""
+) -> tuple[BitGenOutput, AttentionCache]:
+    """Run pictures and prompts through the model; the last column is each row's last token."""
     device = next(model.parameters()).device
     rows, longest = len(prompt_ids), max(len(ids) for ids in prompt_ids)
     input_ids_BL = torch.zeros(rows, longest, dtype=torch.int64)
@@ -237,7 +291,7 @@ def _read_prompts(
     output = model(
         input_ids_BL.to(device), images=images, attention_mask=mask, attention_cache=cache
     )
-    return output.logits[:, -1].float(), cache
+    return output, cache
 
 
 def _read_tokens(model: BitGenModel, tokens_B: torch.Tensor, cache: AttentionCache) -> torch.Tensor:
@@ -278,6 +332,147 @@ def _generate_one_by_one(
             tokens_BT.tolist(), log_probability_B.tolist(), finished_B.tolist(), strict=True
         )
     ]
+
+
+def _generate_speculatively(
+    model: BitGenModel,
+    read: BitGenOutput,
+    cache: StaticCache,
+    never_V: torch.Tensor,
+    eos_id: int,
+    max_tokens: int,
+) -> list[Generation]:
+    """Greedy choice, several tokens a call (blockwise parallel decoding, arXiv 1811.03115).
+
+    The future token heads draft what follows the last token; one call of the model reads it and the
+    drafts, and so says what it would have chosen behind each. Drafts count as long as they are what
+    it chose, and its choice behind the last of them comes on top: each call yields one token at
+    least. The cache then forgets the drafts that were wrong, each row its own.
+    """
+    drafter = _Drafter(model, never_V, eos_id)
+    rows, first_length = len(read.logits), cache.length
+    logits_BSV, states_BSC = read.logits[:, -1:], read.states[:, -1:]
+    drafts_BD = torch.empty(rows, 0, dtype=torch.int64, device=logits_BSV.device)
+    row_B = torch.arange(rows, device=logits_BSV.device)
+    progress = [_SpeculativeRow(eos_id, max_tokens) for _ in range(rows)]
+    while True:
+        logits_BSV = logits_BSV.float()
+        choices_BS = logits_BSV.masked_fill(never_V, -torch.inf).argmax(dim=-1)
+        chosen_logits_BS = logits_BSV.gather(2, choices_BS.unsqueeze(2)).squeeze(2)
+        log_probabilities_BS = chosen_logits_BS - logits_BSV.logsumexp(dim=-1)
+        right_BD = drafts_BD == choices_BS[:, :-1]
+        num_right = right_BD.long().cumprod(dim=1).sum(dim=1).tolist()
+        running = [not row.is_done for row in progress]
+        drafter.hear(sum(itertools.compress(num_right, running)), sum(running))
+        new_tokens = [
+            row.take(*choices)
+            for row, *choices in zip(
+                progress,
+                choices_BS.tolist(),
+                log_probabilities_BS.tolist(),
+                num_right,
+                strict=True,
+            )
+        ]
+        if all(row.is_done for row in progress):
+            return [row.generation() for row in progress]
+        # A row that is done goes back to its prompt: it must not be the longest.
+        lengths = [first_length + (0 if row.is_done else len(row.tokens) - 1) for row in progress]
+        cache.rewind(lengths)
+        last_B = torch.tensor([max(0, count - 1) for count in new_tokens], device=row_B.device)
+        tokens_B, state_BC = choices_BS[row_B, last_B], states_BSC[row_B, last_B]
+        drafts_BD = drafter.draft(
+            state_BC,
+            tokens_B,
+            running=[not row.is_done for row in progress],
+            most=cache.max_length - cache.length - 1,  # what comes behind would be of no use
+        )
+        input_ids_BS = torch.cat([tokens_B.unsqueeze(1), drafts_BD], dim=1)
+        output = model(input_ids_BS, attention_cache=cache)
+        logits_BSV, states_BSC = output.logits, output.states
+
+
+class _Drafter:
+    """Greedy drafts by the future token heads, for as long as they are likely to be right."""
+
+    def __init__(self, model: BitGenModel, never_V: torch.Tensor, eos_id: int) -> None:
+        self.model, self.eos_id = model, eos_id
+        # Rows of the embedding behind the last token that may be chosen need not be scored.
+        self.num_tokens = int((~never_V).nonzero().max()) + 1
+        self.never_V = never_V[: self.num_tokens]
+        self.failures = self.pause = 0
+        self.has_tried = False
+
+    def hear(self, accepted: int, rows: int) -> None:
+        """How many drafts were right in the last call, of so many rows that were still running."""
+        if not self.has_tried:
+            return
+        self.failures = 0 if accepted >= _WORTH_GOING_ON * rows else min(self.failures + 1, 6)
+        self.pause = max(0, (1 << self.failures) // 4 - 1)
+
+    def draft(
+        self, state_BC: torch.Tensor, tokens_B: torch.Tensor, running: Sequence[bool], most: int
+    ) -> torch.Tensor:
+        """Int64 `[B, D]`: what may follow `tokens_B`, which `state_BC` was taken to predict.
+
+        How many is decided by the probability that all so far are right, as the heads judge it, on
+        average over the rows that are `running` (dynamic draft lengths: arXiv 2406.16858). After
+        calls in which they were of no use, more and more go without: 0, 0, 1, 3, 7, 15.
+        """
+        drafts: list[torch.Tensor] = []
+        self.has_tried = most > 0 and not self.pause
+        if self.pause:
+            self.pause -= 1
+            most = 0
+        confidence = [1.0] * len(running)
+        for index in range(min(len(self.model.future_heads), most)):
+            state_BC = self.model.future_state(index, state_BC, tokens_B)
+            scores_BV = self.model.text_decoder.lm_head(state_BC, self.num_tokens).float()
+            best_B, tokens_B = scores_BV.masked_fill(self.never_V, -torch.inf).max(dim=-1)
+            probability = (best_B - scores_BV.logsumexp(dim=-1)).exp().tolist()
+            confidence = [c * p for c, p in zip(confidence, probability, strict=True)]
+            expected = sum(itertools.compress(confidence, running)) / sum(running)
+            if expected < _WORTH_CHECKING:
+                break
+            drafts.append(tokens_B)
+            confidence = [  # nothing is wanted behind the end
+                0.0 if token == self.eos_id else c
+                for c, token in zip(confidence, tokens_B.tolist(), strict=True)
+            ]
+            if sum(itertools.compress(confidence, running)) < _WORTH_GOING_ON * sum(running):
+                break
+        return torch.stack(drafts, dim=1) if drafts else tokens_B.new_empty(len(running), 0)
+
+
+class _SpeculativeRow:
+    """What one row has generated by now, on the host."""
+
+    def __init__(self, eos_id: int, max_tokens: int) -> None:
+        self.eos_id, self.max_tokens = eos_id, max_tokens
+        self.tokens: list[int] = []
+        self.log_probability = 0.0
+        self.is_done = False
+        self.model_calls = self.drafted = self.accepted = 0
+
+    def take(self, choices: list[int], log_probabilities: list[float], num_right: int) -> int:
+        """Add one call's choices, of which those behind right drafts count; how many were added."""
+        if self.is_done:
+            return 0
+        new = choices[: min(num_right + 1, self.max_tokens - len(self.tokens))]
+        if self.eos_id in new:
+            new = new[: new.index(self.eos_id) + 1]
+        self.tokens += new
+        self.log_probability += sum(log_probabilities[: len(new)])
+        self.model_calls += 1
+        self.drafted += len(choices) - 1
+        self.accepted += min(num_right, len(new))
+        self.is_done = new[-1] == self.eos_id or len(self.tokens) == self.max_tokens
+        return len(new)
+
+    def generation(self) -> Generation:
+        kept = _until(self.tokens, self.eos_id)
+        counts = Speculation(self.model_calls, self.drafted, self.accepted)
+        return Generation(kept, self.log_probability, len(kept) < len(self.tokens), counts)
 
 
 def _until(tokens: list[int], eos_id: int) -> list[int]:

@@ -261,9 +261,7 @@ def draw_maps(maps: AttentionMaps, directory: Path) -> Path:
         InputError: the folder cannot be made or written to.
         DiskFullError: no room.
     """
-    photograph = Image.fromarray(maps.picture_SS3).resize(
-        (TILE_SIDE, TILE_SIDE), Image.Resampling.LANCZOS
-    )
+    photograph = _photograph(maps)
     caption, average_WGG = _printable(maps.caption), maps.average
     words = [_printable(word) for word in maps.words]
     strips = [directory / name for name in _strip_names(maps.words)]
@@ -274,10 +272,23 @@ def draw_maps(maps: AttentionMaps, directory: Path) -> Path:
         title = f"{index + 1} of {len(words)}: {word}"
         _save(_page(title, caption, maps, photograph, named, _MOST_STRIP_COLUMNS), strip)
     sheet = directory / SHEET_NAME
-    named = [(f"{index + 1}  {word}", average_WGG[index]) for index, word in enumerate(words)]
-    _save(_page(caption, "", maps, photograph, named, _MOST_SHEET_COLUMNS), sheet)
+    _save(sheet_of(maps), sheet)
     _remove_strips(directory, keep=strips)
     return sheet
+
+
+def sheet_of(maps: AttentionMaps) -> Image.Image:
+    """The sheet that `draw_maps` writes: the photograph, and each word's average of the layers."""
+    named = [
+        (f"{index + 1}  {_printable(word)}", map_GG)
+        for index, (word, map_GG) in enumerate(zip(maps.words, maps.average, strict=True))
+    ]
+    return _page(_printable(maps.caption), "", maps, _photograph(maps), named, _MOST_SHEET_COLUMNS)
+
+
+def _photograph(maps: AttentionMaps) -> Image.Image:
+    side = (TILE_SIDE, TILE_SIDE)
+    return Image.fromarray(maps.picture_SS3).resize(side, Image.Resampling.LANCZOS)
 
 
 def overlay(

@@ -21,6 +21,7 @@ _PARTS = (
     ("embedding (shared with the lm head)", "text_decoder.embed_tokens."),
     ("decoder", "text_decoder."),
     ("robot selector", "robot_selector."),
+    ("future token heads", "future_heads."),
 )
 
 
@@ -69,6 +70,9 @@ class ModelDescription:
     bytes_packed: int
     """Of all tensors packed, without config and tokenizer."""
     decoder_layers: int
+    num_experts: int
+    """Feed-forward layers of a decoder layer; 1 is no mixture."""
+    experts_per_token: int
     encoder_layers: int | None
     """None for a torchvision backbone."""
     hidden_size: int
@@ -78,6 +82,8 @@ class ModelDescription:
     vocabulary: int
     """Entries of the tokenizer."""
     max_positions: int
+    predict_tokens: int
+    """Next tokens that each position predicts; 1 = without future token heads."""
     robots: tuple[str, ...]
     """Names in the catalog."""
     run: str | None
@@ -141,6 +147,8 @@ def describe(path: Path | str) -> ModelDescription:
         bytes_on_disk=bytes_on_disk,
         bytes_packed=bytes_packed,
         decoder_layers=config.num_layers,
+        num_experts=config.num_experts,
+        experts_per_token=config.experts_per_token,
         encoder_layers=config.encoder_layers if config.image_encoder == "vit" else None,
         hidden_size=config.hidden_size,
         image_encoder=config.image_encoder,
@@ -148,6 +156,7 @@ def describe(path: Path | str) -> ModelDescription:
         image_tokens=model.num_image_tokens,
         vocabulary=loaded.tokenizer.vocab_size,
         max_positions=config.max_positions,
+        predict_tokens=config.predict_tokens,
         robots=tuple(robot.name for robot in loaded.catalog),
         run=info.get("run"),
         step=info.get("step"),
@@ -171,7 +180,8 @@ def _packed_layers(model: BitGenModel) -> dict[str, PackedTernaryLinear]:
 
 
 def _describe_parts(model: BitGenModel) -> tuple[PartDescription, ...]:
-    """Each tensor is counted in the first part whose prefix its name has."""
+    """Each tensor is counted in the first part whose prefix its name has; heads that are not there
+    are no part."""
     widths = {f"{name}.packed": layer for name, layer in _packed_layers(model).items()}
     ternary: Counter[str] = Counter()
     floats: Counter[str] = Counter()
@@ -184,7 +194,9 @@ def _describe_parts(model: BitGenModel) -> tuple[PartDescription, ...]:
         else:
             floats[part] += tensor.numel()
     return tuple(
-        PartDescription(part, ternary[part], floats[part], stored[part]) for part, _ in _PARTS
+        PartDescription(part, ternary[part], floats[part], stored[part])
+        for part, prefix in _PARTS
+        if prefix != "future_heads." or stored[part]
     )
 
 

@@ -26,7 +26,7 @@ from bitgen.dataset.tokenizer import Tokenizer
 from bitgen.errors import InputError
 from bitgen.export.loaded import LoadedModel, load_run
 from bitgen.export.safetensors import load_artifact
-from bitgen.inference.generate import check_options, generate
+from bitgen.inference.generate import Speculation, check_options, generate
 from bitgen.model.bitgen import BitGenModel
 from bitgen.model.device import resolve_device
 
@@ -46,6 +46,8 @@ class Caption:
     """The ids of `tokens`."""
     log_probability: float
     """Natural logarithm of the probability of the tokens and of the text's end behind them."""
+    speculation: Speculation | None = None
+    """What speculative decoding saved; None where it was not used."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ class BitGen:
         batch_size: int = 16,
         length_penalty: float = 1.0,
         attention_window: int = 0,
+        speculative: bool | None = None,
     ) -> list[Caption]:
         """Say what pictures show.
 
@@ -156,12 +159,15 @@ class BitGen:
             length_penalty: see `bitgen.inference.generate.generate`.
             attention_window: tokens that each token looks back on beside the picture, so that
                 `max_tokens` may be any number; 0 looks back on all.
+            speculative: draft by the future token heads: the same greedy captions, sooner. None
+                does so where it helps: up to four pictures at a time.
 
         Returns:
             One `Caption` a picture, in order.
 
         Raises:
-            InputError: no picture, options out of range, or a prompt that is too long.
+            InputError: no picture, options out of range, a prompt that is too long, or
+                `speculative` with a model that has no future token heads.
             ImageError: a file that is not a picture.
         """
         pictures = _listed(images)
@@ -176,6 +182,8 @@ class BitGen:
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            attention_window=attention_window,
+            speculative=speculative,
         )
         tokenizer = self.tokenizer
         captions: list[Caption] = []
@@ -200,6 +208,7 @@ class BitGen:
                 never_ids=sorted(tokenizer.special_ids - {tokenizer.eos_id}),
                 vocab_size=tokenizer.vocab_size,
                 attention_window=attention_window,
+                speculative=speculative,
             )
             captions += [
                 Caption(
@@ -207,6 +216,7 @@ class BitGen:
                     tokens=tokenizer.tokens(generation.tokens),
                     token_ids=generation.tokens,
                     log_probability=generation.log_probability,
+                    speculation=generation.speculation,
                 )
                 for ids, generation in zip(words, generations, strict=True)
             ]

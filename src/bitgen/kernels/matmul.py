@@ -6,7 +6,10 @@ gives the same integers, so the choice among them changes no result.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -14,6 +17,10 @@ import torch
 def ternary_matmul_reference(x_MK: torch.Tensor, ternary_NK: torch.Tensor) -> torch.Tensor:
     """`x @ T.T` in int64: slow, for tests. int8 `[M, K]`, int8 `[N, K]` -> int64 `[M, N]`."""
     return x_MK.long() @ ternary_NK.long().T
+
+
+# Torch 2.2 has no way to ask; nothing is compiled there (`bitgen.model.compilation`).
+_is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)
 
 
 @functools.cache
@@ -26,6 +33,15 @@ def _int8_matmul_works() -> bool:
         return False
 
 
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """A region in which a product has the dtype of its factors, also inside an autocast region."""
+    try:
+        context: AbstractContextManager[Any] = torch.autocast(device_type, enabled=False)
+    except RuntimeError:  # this torch has no autocast for the device (MPS before torch 2.5)
+        return contextlib.nullcontext()
+    return context
+
+
 def ternary_matmul(x_MK: torch.Tensor, ternary_NK: torch.Tensor) -> torch.Tensor:
     """`x @ T.T` by the fastest exact path of this device.
 
@@ -36,7 +52,8 @@ def ternary_matmul(x_MK: torch.Tensor, ternary_NK: torch.Tensor) -> torch.Tensor
     Returns:
         float32 `[M, N]`, whole numbers.
     """
-    if x_MK.device.type == "cpu" and x_MK.numel() and _int8_matmul_works():
+    # Every torch that compiles layers has the int8 product; a graph cannot ask by trying.
+    if x_MK.device.type == "cpu" and (_is_compiling() or (x_MK.numel() and _int8_matmul_works())):
         return torch._int_mm(x_MK, ternary_NK.T).float()
-    with torch.autocast(x_MK.device.type, enabled=False):
+    with without_autocast(x_MK.device.type):
         return x_MK.float() @ ternary_NK.float().T

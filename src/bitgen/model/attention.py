@@ -6,17 +6,19 @@ Shape letters: B batch, S new positions, K keys (cached and new), C width, H hea
 from __future__ import annotations
 
 import itertools
+import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from bitgen.model.cache import LayerCache
-from bitgen.model.masks import AttentionMask, LoweredMask, causal_bias
+from bitgen.model.masks import AttentionMask, ScoresShape, causal_bias
 from bitgen.model.norm import RMSNorm
 from bitgen.model.rope import RotaryTables, apply_rotary
-from bitgen.model.ternary import linear_group, make_linear
+from bitgen.model.ternary import autocast_dtype, linear_group, make_linear
 
 _LONGEST_WRITTEN_OUT = 384
 _MOST_WEIGHTS_WRITTEN_OUT = 2**26  # 128 MiB a layer
@@ -49,12 +51,19 @@ class Attention(nn.Module):
     def forward(
         self,
         x_BSC: torch.Tensor,
-        mask: AttentionMask,
+        mask: AttentionMask | AttentionPlan,
         rotary: RotaryTables | None = None,
         cache: LayerCache | None = None,
         return_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend from the S positions of `x_BSC` to the cached ones and to each other.
+
+        Args:
+            x_BSC: normalised input.
+            mask: over S queries and all keys; or the plan that `plan` made of it.
+            rotary: tables for the S positions; None = without positions.
+            cache: filled in place.
+            return_weights: whether a mask's weights are returned; a plan says so itself.
 
         Returns:
             Output `[B, S, C]`, and the weights `[B, H, S, K]` (float32) if asked for.
@@ -68,9 +77,23 @@ class Attention(nn.Module):
             q_BHSD, k_BHKD = apply_rotary(q_BHSD, rotary), apply_rotary(k_BHKD, rotary)
         if cache is not None:
             k_BHKD, v_BHKD = cache.update(k_BHKD, v_BHKD)
-        attended, weights = masked_attention(q_BHSD, k_BHKD, v_BHKD, mask, return_weights)
+        if isinstance(mask, AttentionPlan):
+            attended, weights = attend(q_BHSD, k_BHKD, v_BHKD, mask)
+        else:
+            attended, weights = masked_attention(q_BHSD, k_BHKD, v_BHKD, mask, return_weights)
         merged = attended.transpose(1, 2).reshape(batch, length, self.num_heads * self.head_dim)
         return self.o_proj(self.attn_sub_norm(merged)), weights
+
+    def plan(self, x_BSC: torch.Tensor, mask: AttentionMask) -> AttentionPlan:
+        """How `forward` would attend, without cache, from the positions of `x_BSC` to each other.
+
+        Raises:
+            ValueError: the mask does not fit the shape.
+        """
+        batch, length, _ = x_BSC.shape
+        dtype = autocast_dtype(x_BSC.device.type) or x_BSC.dtype
+        shape = (batch, self.num_heads, length, length)
+        return plan_attention(mask, shape, dtype, x_BSC.device)
 
     def _split_heads(self, x_BSC: torch.Tensor, heads: int) -> torch.Tensor:
         return x_BSC.view(*x_BSC.shape[:2], heads, self.head_dim).transpose(1, 2)
@@ -100,47 +123,87 @@ def masked_attention(
     Raises:
         ValueError: the mask does not fit the shapes.
     """
-    batch, num_heads, num_queries, _ = q_BHQD.shape
+    shape = (*q_BHQD.shape[:3], k_BGKD.shape[2])
+    plan = plan_attention(mask, shape, q_BHQD.dtype, q_BHQD.device, return_weights)
+    return attend(q_BHQD, k_BGKD, v_BGKD, plan)
+
+
+class AttentionPlan(NamedTuple):
+    """How attention over scores of one shape is computed: the same for all layers.
+
+    Attributes:
+        path: "fused"; "written out"; "weights", which is written out and returns the weights.
+        is_causal: the fused kernel's own flag.
+        mask: what the path adds to the scores, or the kernel is given; None = nothing.
+        alive: bool `[B, 1, Q, 1]`: the other rows are zeroed afterwards; None = no row is.
+    """
+
+    path: str
+    is_causal: bool
+    mask: torch.Tensor | None
+    alive: torch.Tensor | None
+
+
+def plan_attention(
+    mask: AttentionMask,
+    shape: ScoresShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    return_weights: bool = False,
+) -> AttentionPlan:
+    """The plan for scores of `shape` from queries of `dtype`.
+
+    Raises:
+        ValueError: the mask does not fit the shape.
+    """
+    lowered = mask.lower(shape, dtype, device)
+    if return_weights or _is_faster_written_out(shape, dtype, device):
+        added = causal_bias(*shape[2:], device) if lowered.is_causal else lowered.added
+        path = "weights" if return_weights else "written out"
+        return AttentionPlan(path, False, added, lowered.alive)
+    if lowered.alive is None or _kernel_zeroes_dead_rows(device.type, dtype):
+        return AttentionPlan("fused", lowered.is_causal, lowered.mask, None)
+    return AttentionPlan("fused", False, lowered.opened, lowered.alive)
+
+
+def attend(
+    q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKD: torch.Tensor, plan: AttentionPlan
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `masked_attention` returns, by a plan made before; tensor operations alone."""
+    num_heads = q_BHQD.shape[1]
     if k_BGKD.shape[1] != num_heads:
         groups = num_heads // k_BGKD.shape[1]
         k_BGKD = k_BGKD.repeat_interleave(groups, dim=1)
         v_BGKD = v_BGKD.repeat_interleave(groups, dim=1)
-    shape = (batch, num_heads, num_queries, k_BGKD.shape[2])
-    lowered = mask.lower(shape, q_BHQD.dtype, q_BHQD.device)
-    if return_weights:
-        weights_dtype = torch.promote_types(q_BHQD.dtype, torch.float32)
-        attended, weights = _written_out(q_BHQD, k_BGKD, v_BGKD, lowered, weights_dtype)
-        if lowered.alive is None:
-            return attended, weights
-        return attended.masked_fill(~lowered.alive, 0.0), weights.masked_fill(~lowered.alive, 0.0)
-    if _is_faster_written_out(q_BHQD, k_BGKD):
-        attended, _ = _written_out(q_BHQD, k_BGKD, v_BGKD, lowered, q_BHQD.dtype)
-    elif lowered.alive is None or _kernel_zeroes_dead_rows(q_BHQD.device.type, q_BHQD.dtype):
+    weights = None
+    if plan.path == "fused":
         attended = F.scaled_dot_product_attention(
-            q_BHQD, k_BGKD, v_BGKD, attn_mask=lowered.mask, is_causal=lowered.is_causal
+            q_BHQD, k_BGKD, v_BGKD, attn_mask=plan.mask, is_causal=plan.is_causal
         )
-        return attended, None
     else:
-        attended = F.scaled_dot_product_attention(q_BHQD, k_BGKD, v_BGKD, attn_mask=lowered.opened)
-    if lowered.alive is not None:
-        attended = attended.masked_fill(~lowered.alive, 0.0)
-    return attended, None
+        weights_dtype = q_BHQD.dtype
+        if plan.path == "weights":
+            weights_dtype = torch.promote_types(weights_dtype, torch.float32)
+        attended, weights = _written_out(q_BHQD, k_BGKD, v_BGKD, plan.mask, weights_dtype)
+    if plan.alive is not None:
+        attended = attended.masked_fill(~plan.alive, 0.0)
+    if weights is None or plan.path != "weights":
+        return attended, None
+    return attended, weights if plan.alive is None else weights.masked_fill(~plan.alive, 0.0)
 
 
-def _is_faster_written_out(q_BHQD: torch.Tensor, k_BHKD: torch.Tensor) -> bool:
+def _is_faster_written_out(shape: ScoresShape, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether softmax written out takes less time than the kernel, by benchmarks/attention.py.
 
     So it is in training in bfloat16 on a CPU, up to some length: the kernel's gradient is slow. But
     the weights are then kept for the gradient, which must not take all memory.
     """
-    num_queries, num_keys = q_BHQD.shape[2], k_BHKD.shape[2]
-    num_weights = q_BHQD.shape[0] * q_BHQD.shape[1] * num_queries * num_keys
     return (
-        q_BHQD.device.type == "cpu"
-        and q_BHQD.dtype == torch.bfloat16
+        device.type == "cpu"
+        and dtype == torch.bfloat16
         and torch.is_grad_enabled()
-        and max(num_queries, num_keys) <= _LONGEST_WRITTEN_OUT
-        and num_weights <= _MOST_WEIGHTS_WRITTEN_OUT
+        and max(shape[2:]) <= _LONGEST_WRITTEN_OUT
+        and math.prod(shape) <= _MOST_WEIGHTS_WRITTEN_OUT
     )
 
 
@@ -158,7 +221,13 @@ def _kernel_zeroes_dead_rows(device_type: str, dtype: torch.dtype) -> bool:
     except ImportError:  # torch 2.2
         return False
     backends = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        # Hooks of a caller, such as activation checkpointing, must not see what is tried here.
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor),
+    ):
         for backend, num_queries in itertools.product(backends, (1, 16)):
             qkv = torch.ones(3, 1, 2, 16, 8, dtype=dtype, requires_grad=True)
             query, key, value = qkv[0][:, :, :num_queries], qkv[1], qkv[2]
@@ -177,7 +246,7 @@ def _written_out(
     q_BHQD: torch.Tensor,
     k_BHKD: torch.Tensor,
     v_BHKD: torch.Tensor,
-    lowered: LoweredMask,
+    added: torch.Tensor | None,
     weights_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention step by step, softmax summed in float32; the reference of the fused path.
@@ -185,9 +254,7 @@ def _written_out(
     Rows without keys are left opened: the caller zeroes them.
     """
     scores = (q_BHQD * q_BHQD.shape[-1] ** -0.5) @ k_BHKD.transpose(-1, -2)
-    if lowered.is_causal:
-        scores += causal_bias(*scores.shape[-2:], scores.device)
-    elif lowered.added is not None:
-        scores += lowered.added
+    if added is not None:
+        scores += added
     weights = scores.softmax(dim=-1, dtype=weights_dtype)
     return weights.to(v_BHKD.dtype) @ v_BHKD, weights

@@ -3,6 +3,7 @@
     images B3HW -> ImageEncoder -> Projector -> P image tokens --.
     input_ids BL -> embedding --------------------------- L ------+-> S tokens -> decoder
                      -> lm head (tied)                 -> logits BLV
+                     -> future token heads, lm head    -> drafts of tokens t+2 ... t+n
                      -> masked pooling -> selector     -> robot_logits BR
 
 Shape letters: B batch, L text length, P image tokens, S = P + L, C width, H heads, V vocabulary,
@@ -12,16 +13,20 @@ R robots.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from bitgen.config import BitGenConfig
-from bitgen.errors import ModelFileError
+from bitgen.errors import ConfigError, ModelFileError
 from bitgen.model.cache import AttentionCache, CacheShape, SlidingWindowCache, StaticCache
+from bitgen.model.compilation import require_compiler
+from bitgen.model.experts import Routing
+from bitgen.model.future_tokens import FutureTokenHeads
 from bitgen.model.image_encoder import make_image_encoder
+from bitgen.model.layers import TransformerLayer
 from bitgen.model.masks import AttentionMask, token_positions
 from bitgen.model.projector import Projector
 from bitgen.model.robot_selector import RobotSelector
@@ -34,6 +39,8 @@ class BitGenOutput:
 
     Attributes:
         logits: `[B, L, V]`, next-token scores at each text position.
+        states: `[B, L, C]`, the final states of the text positions, normalised: what `logits` are
+            read from.
         robot_logits: `[B, R]` float32, in the order of `set_robots`.
         attention_cache: the cache that was given, filled.
         attentions: one `[B, H, S, K]` float32 tensor a decoder layer (K are all slots of a sliding
@@ -42,15 +49,24 @@ class BitGenOutput:
         image_words: `[B, V]`, which words the image tokens alone foretell.
         image_attentions: one `[B, H, P, P]` float32 tensor a layer of the vit encoder, zeros in a
             row whose picture is padding; empty for encoders without attention of ours.
+        routings: how each decoder layer routed the image and text tokens to its experts, in
+            training and as analysis data; None for a model without experts. The robots' texts,
+            which are the same in every call, are not counted.
+        future_states: one `[B, L, C]` tensor for each token t+2 ... t+n that position t predicts
+            beyond the next, given the true tokens in between; `text_decoder.lm_head` of those rows
+            that are wanted gives their scores.
     """
 
     logits: torch.Tensor
+    states: torch.Tensor
     robot_logits: torch.Tensor | None = None
     attention_cache: AttentionCache | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     pooled: torch.Tensor | None = None
     image_words: torch.Tensor | None = None
     image_attentions: tuple[torch.Tensor, ...] | None = None
+    routings: tuple[Routing, ...] | None = None
+    future_states: tuple[torch.Tensor, ...] | None = None
 
 
 class BitGenModel(nn.Module):
@@ -68,6 +84,8 @@ class BitGenModel(nn.Module):
         )
         self.text_decoder = TextDecoder(config)
         self.robot_selector = RobotSelector(config)
+        # Made last: the other weights start as without them.
+        self.future_heads = FutureTokenHeads(config)
         self.num_image_tokens: int = self.image_encoder.num_tokens
         self._robot_names: tuple[str, ...] = ()
         self._robot_tokens: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -82,6 +100,7 @@ class BitGenModel(nn.Module):
         attention_cache: AttentionCache | None = None,
         return_analysis_data: bool = False,
         return_image_words: bool = False,
+        return_future_tokens: bool = False,
     ) -> BitGenOutput:
         """Next-token logits and, where asked for, robot logits and analysis data.
 
@@ -97,6 +116,7 @@ class BitGenModel(nn.Module):
                 new tokens only.
             return_analysis_data: return attention weights and pooled states.
             return_image_words: score the vocabulary by the mean of the image tokens.
+            return_future_tokens: return the states that predict tokens beyond the next.
 
         Raises:
             ValueError: shapes that do not fit, longer than `max_positions`, a cache in
@@ -108,7 +128,8 @@ class BitGenModel(nn.Module):
         valid_BS = mask.known_padding
         if valid_BS is not None:
             valid_BS = valid_BS[:, -length:]
-        x_BSC = self.text_decoder.embed_tokens(input_ids)
+        text_BLC = self.text_decoder.embed_tokens(input_ids)
+        x_BSC = text_BLC
         image_words_BV = image_attentions = None
         if images is not None:
             image_BPC, image_attentions = self._encode_present(
@@ -118,8 +139,13 @@ class BitGenModel(nn.Module):
             if return_image_words:
                 image_words_BV = self._words_of(image_BPC)
         mask, positions_BS = self._place(mask, valid_BS, attention_cache, batch, length)
-        hidden_BSC, attentions = self.text_decoder(
-            x_BSC, mask, positions_BS.to(x_BSC.device), attention_cache, return_analysis_data
+        hidden_BSC, attentions, routings = self.text_decoder(
+            x_BSC,
+            mask,
+            positions_BS.to(x_BSC.device),
+            attention_cache,
+            return_analysis_data,
+            valid_BS,
         )
         if attention_cache is not None:
             attention_cache.end_step(length)
@@ -132,15 +158,39 @@ class BitGenModel(nn.Module):
         if return_robot_selection:
             assert pooled_BC is not None
             robot_logits = self.robot_selector(pooled_BC, self.encode_robots(), self._robot_names)
+        future_states = None
+        if return_future_tokens:
+            future_states = self.future_heads(hidden_BLC, text_BLC, self.text_decoder.norm)
         return BitGenOutput(
             logits=self.text_decoder.lm_head(hidden_BLC),
+            states=hidden_BLC,
             robot_logits=robot_logits,
             attention_cache=attention_cache,
             attentions=attentions if return_analysis_data else None,
             pooled=pooled_BC if return_analysis_data else None,
             image_words=image_words_BV,
             image_attentions=image_attentions,
+            routings=routings if routings and (self.training or return_analysis_data) else None,
+            future_states=future_states,
         )
+
+    def future_state(
+        self, index: int, state_BC: torch.Tensor, tokens_B: torch.Tensor
+    ) -> torch.Tensor:
+        """The state `[B, C]` that predicts one token more than `state_BC` does.
+
+        Args:
+            index: which head; 0 takes the last of `BitGenOutput.states` and foretells t+2.
+            state_BC: normalised, of the head before.
+            tokens_B: int64, the token that `state_BC` was taken to predict.
+        """
+        embedding_BC = self.text_decoder.embed_tokens(tokens_B)
+        return self.future_heads.step(index, state_BC, embedding_BC, self.text_decoder.norm)
+
+    def drop_future_heads(self) -> None:
+        """Become the model that predicts the next token alone, with the same answers."""
+        self.config = replace(self.config, predict_tokens=1)
+        self.future_heads = FutureTokenHeads(self.config)
 
     def _place(
         self,
@@ -286,10 +336,11 @@ class BitGenModel(nn.Module):
             return self._encoded_robots_RC
         input_ids_RL, valid_RL = self._robot_tokens
         device = self.text_decoder.embed_tokens.weight.device
-        hidden_RLC, _ = self.text_decoder(
+        hidden_RLC, _, _ = self.text_decoder(
             self.text_decoder.embed_tokens(input_ids_RL.to(device)),
             AttentionMask.padding(valid_RL),
             _rotary_positions(valid_RL, valid_RL.shape[1]).to(device),
+            valid_BS=valid_RL,
         )
         pooled_RC = _pool(hidden_RLC, valid_RL)
         if not self.training and not torch.is_grad_enabled():
@@ -325,8 +376,15 @@ class BitGenModel(nn.Module):
         """The decoder's weights, named as transformers' `BitNetForCausalLM` names them.
 
         Raises:
+            ConfigError: the model has experts, which `BitNetForCausalLM` has not.
             ValueError: the model is packed, and holds no float weights any more.
         """
+        if self.config.num_experts > 1:
+            raise ConfigError(
+                f"This model has {self.config.num_experts} experts a layer; transformers'"
+                " BitNetForCausalLM has none, so their text towers cannot be exchanged.",
+                remedy="Take a model with num_experts 1.",
+            )
         state = self.text_decoder.state_dict()
         if any(name.endswith(".packed") for name in state):
             raise ValueError("A packed model has no float weights; load the run with packed=False.")
@@ -342,6 +400,7 @@ class BitGenModel(nn.Module):
                 if it is there, `lm_head.weight`, which must equal the embedding: ours is tied.
 
         Raises:
+            ConfigError: this model has experts.
             ModelFileError: names are missing or foreign, shapes differ, the head is not tied, or
                 weights are packed.
         """
@@ -381,6 +440,31 @@ class BitGenModel(nn.Module):
                 if name != "lm_head.weight"
             }
         )
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """In training, recompute each decoder and vit layer in the backward pass, or not.
+
+        Only the layers' inputs are then kept, for one more forward pass (arXiv 1604.06174). The
+        numbers are the same, dropout included. Backbones of torchvision keep all they compute.
+        """
+        for module in self.modules():
+            if isinstance(module, TransformerLayer):
+                module.is_recomputed = enabled
+
+    def compile_layers(self) -> None:
+        """Have training run every transformer layer, of text and picture, compiled.
+
+        The graphs are made in the first steps that need them. Evaluation stays as it is, and so do
+        the names of the weights. Layers with experts are not compiled: how many tokens an expert
+        takes is not known before.
+
+        Raises:
+            ConfigError: there is no compiler, or this torch is too old.
+        """
+        require_compiler(self.text_decoder.embed_tokens.weight.device)
+        for module in self.modules():
+            if isinstance(module, TransformerLayer):
+                module.compile_training()
 
     def train(self, mode: bool = True) -> BitGenModel:
         """As `nn.Module.train`; robot states of earlier weights are forgotten."""

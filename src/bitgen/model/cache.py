@@ -5,8 +5,8 @@
 
 A cache says where new tokens stand (`begin_step`), takes each layer's new keys and values
 (`LayerCache.update`), and counts them when all layers are done (`end_step`): a forward that fails
-in between leaves it as it was. Rows of a batch may differ in length: padding is given a column, but
-no position, and is never seen.
+in between leaves what it holds as it was. Rows of a batch may differ in length: padding has no
+position and is never seen.
 
 Shapes: B rows, G key-value heads, S new columns, K keys that a step attends to, D head width.
 """
@@ -36,10 +36,12 @@ class CacheShape:
 
 
 class LayerCache(ABC):
-    """Keys and values of one layer."""
+    """Keys and values of one layer, `[B, G, columns, D]` each."""
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    def __init__(self, shape: CacheShape, num_columns: int) -> None:
+        size = (shape.batch_size, shape.num_kv_heads, num_columns, shape.head_dim)
+        self.keys = torch.zeros(size, device=shape.device, dtype=shape.dtype)
+        self.values = torch.zeros(size, device=shape.device, dtype=shape.dtype)
 
     @abstractmethod
     def update(
@@ -47,9 +49,18 @@ class LayerCache(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep the new keys and values; all that this step attends to, `[B, G, K, D]` each."""
 
-    @abstractmethod
     def reorder(self, rows_B: torch.Tensor, filled: int) -> None:
         """Row `b` becomes what row `rows_B[b]` was; the first `filled` columns count."""
+        self.keys = _reordered(self.keys, rows_B, filled)
+        self.values = _reordered(self.values, rows_B, filled)
+
+
+def _reordered(held: torch.Tensor, rows_B: torch.Tensor, filled: int) -> torch.Tensor:
+    """Rows of `[B, G, K, D]` chosen anew; in place, and only what is filled, where B stays."""
+    if len(rows_B) != len(held):
+        return held.index_select(0, rows_B)
+    held[:, :, :filled] = held[:, :, :filled].index_select(0, rows_B)
+    return held
 
 
 class AttentionCache(ABC):
@@ -109,6 +120,15 @@ class AttentionCache(ABC):
     def reorder(self, rows_B: torch.Tensor) -> None:
         """Row `b` becomes what row `rows_B[b]` was, as beam search needs it; B may change."""
 
+    @abstractmethod
+    def rewind(self, lengths: Sequence[int]) -> None:
+        """Forget each row's columns from `lengths[b]` on, as if they had never been given.
+
+        Raises:
+            ValueError: not one length a row, more than a row holds, or a cache that has let go of
+                what it would have to go back to.
+        """
+
 
 def _check_prefix(
     mask: AttentionMask, before_B: torch.Tensor | int, after_B: torch.Tensor | int
@@ -134,37 +154,37 @@ def _check_prefix(
 
 
 class _StaticLayerCache(LayerCache):
-    """`[B, G, max_length, D]`, of which `start` columns are filled."""
+    """Of `max_length` columns `start` are filled.
+
+    Where rows differ in it, `columns_BS` says where each row's new tokens go; `start` is then the
+    most.
+    """
 
     def __init__(self, shape: CacheShape, max_length: int) -> None:
-        size = (shape.batch_size, shape.num_kv_heads, max_length, shape.head_dim)
-        self.keys = torch.zeros(size, device=shape.device, dtype=shape.dtype)
-        self.values = torch.zeros(size, device=shape.device, dtype=shape.dtype)
+        super().__init__(shape, max_length)
         self.start = 0
+        self.columns_BS: torch.Tensor | None = None
 
     def update(
         self, keys_BGSD: torch.Tensor, values_BGSD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         end = self.start + keys_BGSD.shape[2]
-        self.keys[:, :, self.start : end] = keys_BGSD
-        self.values[:, :, self.start : end] = values_BGSD
+        if self.columns_BS is None:
+            self.keys[:, :, self.start : end] = keys_BGSD
+            self.values[:, :, self.start : end] = values_BGSD
+        else:
+            index_BGSD = self.columns_BS[:, None, :, None].expand(keys_BGSD.shape)
+            self.keys.scatter_(2, index_BGSD, keys_BGSD.to(self.keys.dtype))
+            self.values.scatter_(2, index_BGSD, values_BGSD.to(self.values.dtype))
         return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def reorder(self, rows_B: torch.Tensor, filled: int) -> None:
-        self.keys = _reordered(self.keys, rows_B, filled)
-        self.values = _reordered(self.values, rows_B, filled)
-
-
-def _reordered(held: torch.Tensor, rows_B: torch.Tensor, filled: int) -> torch.Tensor:
-    """Rows of `[B, G, K, D]` chosen anew; in place, and only what is filled, where B stays."""
-    if len(rows_B) != len(held):
-        return held.index_select(0, rows_B)
-    held[:, :, :filled] = held[:, :, :filled].index_select(0, rows_B)
-    return held
 
 
 class StaticCache(AttentionCache):
-    """Room for `max_length` columns of every decoder layer, allocated once."""
+    """Room for `max_length` columns of every decoder layer, allocated once.
+
+    Rows may be rewound to different lengths; each then goes on at its own column, and `length` is
+    that of the longest.
+    """
 
     def __init__(self, shape: CacheShape, max_length: int) -> None:
         self.layers: list[_StaticLayerCache] = [
@@ -176,6 +196,8 @@ class StaticCache(AttentionCache):
             shape.batch_size, max_length, device=shape.device, dtype=torch.bool
         )
         self._has_padding = False
+        # Of each row, where they differ.
+        self._lengths: list[int] | None = None
 
     def _place(
         self, mask: AttentionMask, valid_BS: torch.Tensor | None, num_new: int
@@ -186,11 +208,13 @@ class StaticCache(AttentionCache):
                 f"The cache has room for {self.max_length} positions and holds {start};"
                 f" {num_new} more do not fit. Allocate a longer one."
             )
-        has_padding = self._has_padding or valid_BS is not None
         device = self._valid_BK.device
-        if has_padding:
-            held_BK = self._valid_BK[:, :end].clone()
-            held_BK[:, start:] = True if valid_BS is None else valid_BS.to(device)
+        self._has_padding = self._has_padding or valid_BS is not None
+        if self._lengths is not None:
+            return self._place_by_row(self._lengths, mask, valid_BS, num_new)
+        self._valid_BK[:, start:end] = True if valid_BS is None else valid_BS.to(device)
+        if self._has_padding:
+            held_BK = self._valid_BK[:, :end]
             mask = AttentionMask.padding(held_BK) & mask
             counts_BK = held_BK.cumsum(dim=1)
             before_B = counts_BK[:, start - 1] if start else 0
@@ -199,20 +223,58 @@ class StaticCache(AttentionCache):
         else:
             _check_prefix(mask, start, end)
             positions_BS = torch.arange(start, end, device=device)[None]
-        self._has_padding = has_padding
-        self._valid_BK[:, start:end] = True if valid_BS is None else valid_BS.to(device)
         for layer in self.layers:
-            layer.start = start
+            layer.start, layer.columns_BS = start, None
         return mask, positions_BS
+
+    def _place_by_row(
+        self,
+        lengths: Sequence[int],
+        mask: AttentionMask,
+        valid_BS: torch.Tensor | None,
+        num_new: int,
+    ) -> tuple[AttentionMask, torch.Tensor]:
+        if mask.custom_masks:
+            raise ValueError(
+                "A custom mask is given by columns, and the rows of this cache were rewound to"
+                " different ones."
+            )
+        device = self._valid_BK.device
+        lengths_B1 = torch.tensor(lengths, device=device)[:, None]
+        columns_BS = lengths_B1 + torch.arange(num_new, device=device)
+        # What was rewound, or given in a step that failed, is not held.
+        self._valid_BK &= torch.arange(self.max_length, device=device) < lengths_B1
+        before_B = self._valid_BK.sum(dim=1)
+        new_BS = torch.ones_like(columns_BS, dtype=torch.bool) if valid_BS is None else valid_BS
+        self._valid_BK.scatter_(1, columns_BS, new_BS.to(device))
+        held_BK = token_positions(self._valid_BK[:, : self.length + num_new])
+        new_positions_BS = held_BK.gather(1, columns_BS)
+        _check_prefix(mask, before_B, self._valid_BK.sum(dim=1))
+        for layer in self.layers:
+            layer.start, layer.columns_BS = self.length, columns_BS
+        return mask.at_positions(new_positions_BS, held_BK), new_positions_BS.clamp(min=0)
 
     def end_step(self, num_new: int) -> None:
         self.length += num_new
+        if self._lengths is not None:
+            self._lengths = [length + num_new for length in self._lengths]
 
     def reorder(self, rows_B: torch.Tensor) -> None:
         self.batch_size = len(rows_B)
         for layer in self.layers:
             layer.reorder(rows_B, self.length)
         self._valid_BK = self._valid_BK.index_select(0, rows_B)
+        if self._lengths is not None:
+            self._lengths = [self._lengths[row] for row in rows_B.tolist()]
+
+    def rewind(self, lengths: Sequence[int]) -> None:
+        held = self._lengths or [self.length] * self.batch_size
+        if len(lengths) != len(held) or not all(
+            0 <= new <= old for new, old in zip(lengths, held, strict=True)
+        ):
+            raise ValueError(f"The rows hold {held} columns; they cannot be cut to {lengths}.")
+        self.length = max(lengths, default=0)
+        self._lengths = None if min(lengths, default=0) == self.length else list(lengths)
 
 
 # Sinks and window -------------------------------------------------------------------------------
@@ -242,12 +304,10 @@ class _SlidingStep:
 
 
 class _SlidingLayerCache(LayerCache):
-    """`[B, G, sinks + window + 1, D]`: sinks, the window's ring, a slot for what is dropped."""
+    """Columns are slots: the sinks, the window's ring, and one for what is dropped."""
 
     def __init__(self, shape: CacheShape, sinks: int, window: int) -> None:
-        size = (shape.batch_size, shape.num_kv_heads, sinks + window + 1, shape.head_dim)
-        self.keys = torch.zeros(size, device=shape.device, dtype=shape.dtype)
-        self.values = torch.zeros(size, device=shape.device, dtype=shape.dtype)
+        super().__init__(shape, sinks + window + 1)
         self.sinks = sinks
         self.sink_keys = self.keys[:, :, :sinks].clone()
         self.step: _SlidingStep | None = None
@@ -279,8 +339,7 @@ class _SlidingLayerCache(LayerCache):
         return self.keys[:, :, : step.filled], self.values[:, :, : step.filled]
 
     def reorder(self, rows_B: torch.Tensor, filled: int) -> None:
-        self.keys = _reordered(self.keys, rows_B, filled)
-        self.values = _reordered(self.values, rows_B, filled)
+        super().reorder(rows_B, filled)
         self.sink_keys = self.sink_keys.index_select(0, rows_B)
 
 
@@ -288,10 +347,10 @@ class SlidingWindowCache(AttentionCache):
     """The first `sinks` tokens of each row and the last `window`: generation without end.
 
     It answers what a forward without a cache answers under `mask.windowed(window, sinks)`, for as
-    long as such a forward has positions. Behind `max_positions` a token still sees
-    its window at the true distances, and sink `k` as if it stood itself at the last position that
-    the model was made for: no distance grows beyond what was trained (positions within the cache,
-    as arXiv 2309.17453, section 3.2, has them).
+    long as such a forward has positions. Behind `max_positions` a token still sees its window at
+    the true distances, and sink `k` as if it stood itself at the last position that the model was
+    made for: no distance grows beyond what was trained (positions within the cache, as arXiv
+    2309.17453, section 3.2, has them).
     """
 
     def __init__(
@@ -417,3 +476,8 @@ class SlidingWindowCache(AttentionCache):
             layer.reorder(rows_B, self.capacity)
         if len(self._tokens_B) > 1:
             self._tokens_B = self._tokens_B.index_select(0, rows_B)
+
+    def rewind(self, lengths: Sequence[int]) -> None:
+        raise ValueError(
+            "A sliding window cache has written over what it would go back to. Use a static cache."
+        )

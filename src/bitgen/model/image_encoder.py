@@ -15,7 +15,7 @@ from torch import nn
 
 from bitgen.config import BitGenConfig
 from bitgen.errors import ConfigError, ModelFileError
-from bitgen.model.layers import TransformerLayer
+from bitgen.model.layers import TransformerLayer, run_layers
 from bitgen.model.masks import AttentionMask
 from bitgen.model.norm import RMSNorm
 from bitgen.model.ternary import make_linear
@@ -147,12 +147,10 @@ class VisionTransformer(ImageEncoder):
         patches_BPE = self.stem(images_B3HW).flatten(2).transpose(1, 2)
         x_BPC = self.patch_embedding(self.patch_norm(patches_BPE)) + self.position_embedding
         mask = mask or AttentionMask.bidirectional()
-        attentions = []
-        for layer in self.layers:
-            x_BPC, weights = layer(x_BPC, mask, return_weights=return_weights)
-            if weights is not None:
-                attentions.append(weights)
-        return x_BPC, tuple(attentions)
+        features_BPE, weights, _ = run_layers(
+            self.layers, x_BPC, mask, return_weights=return_weights
+        )
+        return features_BPE, weights
 
 
 class TorchvisionBackbone(ImageEncoder):

@@ -478,9 +478,6 @@ class AttentionMask:
     def _check_shapes(self, shape: ScoresShape, given: tuple[int, ...] | None = None) -> None:
         """Refuse what does not fit (B, H, Q, K); -1 is any. `given` is the shape to speak of."""
         batch, heads, num_queries, num_keys = shape
-        expected = "[" + ", ".join(
-            letter if size < 0 else str(size) for letter, size in zip("BHQK", shape, strict=True)
-        )
         if self.positions is None and self.query_offset + num_queries > num_keys:
             raise ValueError(
                 f"{num_queries} queries from column {self.query_offset} on do not fit"
@@ -491,12 +488,12 @@ class AttentionMask:
             if tensor is not None and batch > 0 and tensor.shape[0] not in (1, batch):
                 raise ValueError(
                     f"The mask has shape {given or tuple(tensor.shape)}: {tensor.shape[0]} rows;"
-                    f" expected {batch} for scores {expected}]."
+                    f" expected {batch} for scores {_words(shape)}."
                 )
         if self.valid_BK is not None and self.valid_BK.shape[1] != num_keys:
             raise ValueError(
                 f"The padding mask has shape {given or tuple(self.valid_BK.shape)}; expected"
-                f" [B, {num_keys}] for scores {expected}]."
+                f" [B, {num_keys}] for scores {_words(shape)}."
             )
         for custom in self.custom_masks:
             _, mask_heads, mask_queries, mask_keys = custom.shape
@@ -506,8 +503,13 @@ class AttentionMask:
                 or mask_keys != num_keys
             ):
                 raise ValueError(
-                    f"The mask has shape {given or tuple(custom.shape)}; expected {expected}]."
+                    f"The mask has shape {given or tuple(custom.shape)}; expected {_words(shape)}."
                 )
+
+
+def _words(shape: ScoresShape) -> str:
+    sizes = (name if size < 0 else str(size) for name, size in zip("BHQK", shape, strict=True))
+    return f"[{', '.join(sizes)}]"
 
 
 def _as_bool_or_additive(mask: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ class _RMSNormFunction(torch.autograd.Function):
         normalised = x.float() * inverse
         product = gradient.float() * normalised
         weight_gradient = product.flatten(end_dim=-2).sum(dim=0)
-        projection = (product @ weight_C)[..., None] / weight_C.shape[0]
+        projection = (product @ weight_C.to(product.dtype))[..., None] / weight_C.shape[0]
         scaled = gradient.float() * weight_C
         x_gradient = scaled.addcmul_(normalised, projection, value=-1).mul_(inverse)
         return x_gradient.to(x.dtype), weight_gradient, None

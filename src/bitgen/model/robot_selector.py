@@ -24,7 +24,7 @@ class RobotSelector(nn.Module):
         self.robot_norm = RMSNorm(width, config.rms_norm_eps)
         self.task_proj = make_linear(width, width, config.quantization)
         self.robot_proj = make_linear(width, width, config.quantization)
-        self.shared_bias = nn.Parameter(torch.zeros(()))
+        self.shared_bias = nn.Parameter(torch.zeros(1))  # a vector: FSDP2 cuts no scalars
         self.robot_names = config.robot_names
         self.robot_bias = nn.Parameter(torch.zeros(len(config.robot_names)))
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitgen.kernels.matmul import ternary_matmul
+from bitgen.kernels.matmul import ternary_matmul, without_autocast
 from bitgen.kernels.packing import pack_ternary, packed_width, unpack_ternary
 from bitgen.kernels.quantize import quantize_activation, quantize_weight
 
@@ -23,11 +23,19 @@ from bitgen.kernels.quantize import quantize_activation, quantize_weight
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype of the autocast region that we are in; None outside of one."""
     if hasattr(torch, "get_autocast_dtype"):
-        enabled = torch.is_autocast_enabled(device_type)
+        try:
+            enabled = torch.is_autocast_enabled(device_type)
+        except RuntimeError:  # this torch has no autocast for the device (MPS in torch 2.4)
+            return None
         return torch.get_autocast_dtype(device_type) if enabled else None
     if device_type == "cpu":
         return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
     return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+
+
+def _joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """`torch.cat`, which copies even where there is but one."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
 class _TernaryLinearFunction(torch.autograd.Function):
@@ -42,14 +50,17 @@ class _TernaryLinearFunction(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, dtype: torch.dtype, *weights_NK: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         quantized = [quantize_weight(weight_NK) for weight_NK in weights_NK]
-        ternary_NK = torch.cat([ternary for ternary, _ in quantized])
+        ternary_NK = _joined([ternary for ternary, _ in quantized])
         scales = [scale for _, scale in quantized]
         x_quantized, token_scale = quantize_activation(x)
         x_MK, token_scale_M1 = x_quantized.reshape(-1, x.shape[-1]), token_scale.reshape(-1, 1)
         ctx.save_for_backward(x_MK, token_scale_M1, ternary_NK, *scales)
         ctx.x_dtype = x.dtype
         return tuple(
-            (sums_MN * (scale / token_scale_M1)).to(dtype).view(*x.shape[:-1], -1)
+            sums_MN.mul_(scale / token_scale_M1)
+            .to(dtype)
+            .contiguous()
+            .view(*x.shape[:-1], sums_MN.shape[1])
             for sums_MN, scale in zip(
                 ternary_matmul(x_MK, ternary_NK).split([len(w) for w in weights_NK], dim=1),
                 scales,
@@ -61,15 +72,15 @@ class _TernaryLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_MK, token_scale_M1, ternary_NK, *scales = ctx.saved_tensors
         widths = [gradient.shape[-1] for gradient in gradients]
-        gradient_MN = torch.cat([g.reshape(-1, g.shape[-1]) for g in gradients], dim=1)
+        gradient_MN = _joined([g.reshape(-1, g.shape[-1]) for g in gradients], dim=1)
         dtype = gradient_MN.dtype
         x_gradient = None
-        with torch.autocast(gradient_MN.device.type, enabled=False):
+        with without_autocast(gradient_MN.device.type):
             if ctx.needs_input_grad[0]:
                 parts_NK = ternary_NK.to(dtype).split(widths)
-                weight_NK = torch.cat([t * s for t, s in zip(parts_NK, scales, strict=True)])
+                weight_NK = _joined([t * s for t, s in zip(parts_NK, scales, strict=True)])
                 x_gradient = (gradient_MN @ weight_NK.to(dtype)).to(ctx.x_dtype)
-                x_gradient = x_gradient.view(*gradients[0].shape[:-1], -1)
+                x_gradient = x_gradient.view(*gradients[0].shape[:-1], x_MK.shape[1])
             if not any(ctx.needs_input_grad[2:]):
                 return x_gradient, None, *[None] * len(scales)
             weight_gradient = gradient_MN.T @ (x_MK / token_scale_M1).to(dtype)
@@ -88,6 +99,10 @@ class TernaryLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.normal_(self.weight, std=1 / math.sqrt(in_features))
+
+    def ternary(self) -> torch.Tensor:
+        """The weights `T` as they are now, int8 `[N, K]`."""
+        return quantize_weight(self.weight.detach())[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear_group([self], x)[0]

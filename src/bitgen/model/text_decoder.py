@@ -7,7 +7,8 @@ from torch import nn
 
 from bitgen.config import BitGenConfig
 from bitgen.model.cache import AttentionCache
-from bitgen.model.layers import TransformerLayer
+from bitgen.model.experts import Routing
+from bitgen.model.layers import TransformerLayer, run_layers
 from bitgen.model.masks import AttentionMask
 from bitgen.model.norm import RMSNorm
 from bitgen.model.rope import rotary_tables
@@ -19,6 +20,7 @@ class TextDecoder(nn.Module):
     def __init__(self, config: BitGenConfig) -> None:
         super().__init__()
         self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
+        self.has_experts = config.num_experts > 1
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         # Tied to the head: logits of half a unit, so that the first loss is that of guessing.
         nn.init.normal_(self.embed_tokens.weight, std=0.5 * config.hidden_size**-0.5)
@@ -32,6 +34,8 @@ class TextDecoder(nn.Module):
                 quantization=config.quantization,
                 eps=config.rms_norm_eps,
                 dropout=config.dropout,
+                num_experts=config.num_experts,
+                experts_per_token=config.experts_per_token,
             )
             for _ in range(config.num_layers)
         )
@@ -44,8 +48,10 @@ class TextDecoder(nn.Module):
         positions_BS: torch.Tensor,
         cache: AttentionCache | None = None,
         return_weights: bool = False,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Normalised hidden states `[B, S, C]` and, if asked for, each layer's attention weights.
+        valid_BS: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[Routing, ...]]:
+        """Normalised hidden states `[B, S, C]`, each layer's attention weights if asked for, and
+        each layer's routing if there are experts.
 
         Args:
             x_BSC: embedded image and text tokens.
@@ -53,16 +59,26 @@ class TextDecoder(nn.Module):
             positions_BS: int64 rotary positions, `[B or 1, S]`.
             cache: filled in place.
             return_weights: whether to return `[B, H, S, K]` a layer.
+            valid_BS: bool `[B or 1, S]`, False where padding stands, which experts do not see;
+                None = all are tokens. (`mask` knows it too, but not under every cache.)
         """
         rotary = rotary_tables(positions_BS, self.head_dim, self.rope_theta)
-        attentions = []
-        for index, layer in enumerate(self.layers):
-            layer_cache = None if cache is None else cache.layers[index]
-            x_BSC, weights = layer(x_BSC, mask, rotary, layer_cache, return_weights)
-            if weights is not None:
-                attentions.append(weights)
-        return self.norm(x_BSC), tuple(attentions)
+        caches = None if cache is None else cache.layers
+        tokens_T = None
+        if self.has_experts and valid_BS is not None:
+            tokens_T = _flat_positions(valid_BS, len(x_BSC)).to(x_BSC.device)
+        x_BSC, attentions, routings = run_layers(
+            self.layers, x_BSC, mask, rotary, caches, return_weights, tokens_T
+        )
+        return self.norm(x_BSC), attentions, routings
 
-    def lm_head(self, hidden_BLC: torch.Tensor) -> torch.Tensor:
-        """Logits `[B, L, V]` over the vocabulary, by the tied embedding."""
-        return nn.functional.linear(hidden_BLC, self.embed_tokens.weight)
+    def lm_head(self, hidden: torch.Tensor, num_tokens: int | None = None) -> torch.Tensor:
+        """Logits `[..., V]` over the vocabulary, or over its first `num_tokens`, of `[..., C]`."""
+        return nn.functional.linear(hidden, self.embed_tokens.weight[:num_tokens])
+
+
+def _flat_positions(valid_BS: torch.Tensor, batch: int) -> torch.Tensor:
+    """Where `valid_BS` is True among the B * S positions, int64."""
+    if len(valid_BS) == 1:
+        valid_BS = valid_BS.expand(batch, -1)
+    return valid_BS.reshape(-1).nonzero().squeeze(1)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import ctypes
 import sys
 
+LARGEST_IN_HEAP = 32 << 20
+"""Bytes from which on a block is mapped by itself: the highest that glibc accepts, on 64 bits."""
+
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
-_LARGEST_MMAP_THRESHOLD = 32 << 20  # what glibc accepts on 64-bit machines
 _NEVER_TRIM = (1 << 31) - 1
 _TOP_PAD = 64 << 20
 
@@ -23,7 +25,7 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    accepted = mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD) == 1
+    accepted = mallopt(_M_MMAP_THRESHOLD, LARGEST_IN_HEAP) == 1
     accepted &= mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM) == 1
     accepted &= mallopt(_M_TOP_PAD, _TOP_PAD) == 1
     return bool(accepted)

@@ -1,7 +1,7 @@
 """Mixed precision, the same from torch 2.2 to the newest.
 
-`torch.amp` is used first; where a name is missing there (`GradScaler` before torch 2.3), the
-older `torch.cuda.amp` takes its place.
+`torch.amp` is used first; what it lacks (`GradScaler` before torch 2.3) is taken from
+`torch.cuda.amp`. `make test-old-torch` runs this on torch 2.2.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """The dtype of the forward pass; the weights that are trained stay float32.
 
     `auto` takes bfloat16 where the hardware computes it, float16 (with loss scaling) on older
-    CUDA devices, else float32. Raises ConfigError for what the device cannot do.
+    CUDA devices, else float32. Raises ConfigError for what the device, or this torch on it, cannot
+    do.
     """
     if name == "auto":
         if device.type == "cuda":
@@ -53,7 +54,20 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
             f"Precision fp16 needs loss scaling, which only CUDA has; the device is {device.type}.",
             remedy="Use --precision bf16 or fp32.",
         )
+    if dtype == torch.bfloat16 and not _has_autocast(device):
+        raise ConfigError(
+            f"Torch {torch.__version__} has no mixed precision for the device {device.type}.",
+            remedy="Use --precision fp32, or a newer torch.",
+        )
     return dtype
+
+
+def _has_autocast(device: torch.device) -> bool:
+    try:
+        torch.autocast(device.type, enabled=False)
+    except RuntimeError:  # MPS before torch 2.5
+        return False
+    return True
 
 
 def _cuda_has_bf16() -> bool:
@@ -66,11 +80,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     """The autocast region of a forward pass; does nothing for float32."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
-    if hasattr(torch.amp, "autocast"):
-        context: AbstractContextManager[Any] = torch.amp.autocast(device.type, dtype=dtype)
-        return context
-    older = torch.cuda.amp if device.type == "cuda" else torch.cpu.amp
-    context = older.autocast(dtype=dtype)
+    context: AbstractContextManager[Any] = torch.amp.autocast(device.type, dtype=dtype)
     return context
 
 

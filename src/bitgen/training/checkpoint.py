@@ -49,6 +49,8 @@ STATE_FILE = "state.json"
 
 _STEP_PREFIX = "step_"
 _TEMPORARY = ".tmp-"
+# How runs were trained that were written before there was this setting.
+_BEFORE = {"schedule": "cosine"}
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -399,7 +401,7 @@ def open_run(path: Path | str, prefer: str = "best") -> RunFiles:
     values = _read_versioned_json(run_dir / CONFIG_FILE)
     try:
         config = BitGenConfig.from_dict(values["model"])
-        training = TrainingConfig.from_dict(values["training"])
+        training = TrainingConfig.from_dict({**_BEFORE, **values["training"]})
         data = dict(values["data"])
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else _reason(error)
@@ -429,7 +431,7 @@ def load_checkpoint(checkpoint_dir: Path) -> Checkpoint:
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Tensors of a safetensors file by name, on the CPU. Raises ModelFileError."""
     try:
-        return load_file(path)
+        return _as_shaped_today(load_file(path))
     except FileNotFoundError as error:
         raise ModelFileError(f"{path} is missing.") from error
     except (OSError, SafetensorError) as error:
@@ -437,6 +439,16 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             f"{path} is truncated or not a safetensors file ({error}).",
             remedy="Take another checkpoint of the run, or copy the file again.",
         ) from error
+
+
+def _as_shaped_today(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Earlier files hold the robots' shared bias as a scalar; it is a vector of one."""
+    return {
+        name: value.reshape(1)
+        if "robot_selector.shared_bias" in name and not name.endswith(":step")
+        else value
+        for name, value in tensors.items()
+    }
 
 
 def load_model_tensors(

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from bitgen.errors import ModelFileError
+from bitgen.model.experts import MixtureOfExperts
+from bitgen.training.distributed import cut_like, whole
 
 _BETAS = (0.9, 0.95)
 _PREFIX = "optimizer."
@@ -16,13 +18,20 @@ _PREFIX = "optimizer."
 def decayed_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Trainable weights that decay, by name: matrices and convolutions, nothing else.
 
-    Biases, norm gains, embeddings, learned positions and learned tokens do not decay.
+    Biases, norm gains, embeddings, learned positions and learned tokens do not decay, nor do the
+    routers of experts: decay would draw them to choosing no expert over another, and the router's
+    z-loss keeps their scores small already.
     """
-    embeddings = {
+    exempt = {
         id(parameter)
         for module in model.modules()
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
         for parameter in module.parameters(recurse=False)
+    }
+    exempt |= {
+        id(module.router.weight)
+        for module in model.modules()
+        if isinstance(module, MixtureOfExperts)
     }
     return {
         name: parameter
@@ -30,7 +39,7 @@ def decayed_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         if parameter.requires_grad
         and parameter.ndim >= 2
         and name.endswith("weight")
-        and id(parameter) not in embeddings
+        and id(parameter) not in exempt
     }
 
 
@@ -48,14 +57,24 @@ def make_optimizer(
         if parameter.requires_grad and name not in decayed
     ]
     groups = [
-        {"params": list(decayed.values()), "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": list(decayed.values()), "weight_decay": weight_decay, "decays": True},
+        {"params": others, "weight_decay": 0.0, "decays": False},
     ]
     groups = [group for group in groups if group["params"]]
     try:
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=_BETAS, fused=True)
-    except RuntimeError:  # this torch has no fused AdamW for this device
+        # AdamW writes `fused` into the groups it is given, also when it then refuses them.
+        copies = [dict(group) for group in groups]
+        return torch.optim.AdamW(copies, lr=learning_rate, betas=_BETAS, fused=True)
+    except RuntimeError:  # this torch has no fused AdamW for this device (a CPU before torch 2.4)
         return torch.optim.AdamW(groups, lr=learning_rate, betas=_BETAS)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float) -> None:
+    """The learning rate of all parameters, and the weight decay of those that decay."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+        if group["decays"]:
+            group["weight_decay"] = weight_decay
 
 
 def _ordered_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
@@ -67,10 +86,13 @@ def _ordered_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[s
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> dict[str, torch.Tensor]:
-    """The optimizer's state as `optimizer.PARAMETER:SLOT` tensors, for safetensors."""
+    """The optimizer's state as `optimizer.PARAMETER:SLOT` tensors, for safetensors.
+
+    Of sharded weights the pieces are put together, for which every process has to ask.
+    """
     names = _ordered_names(optimizer, model)
     return {
-        f"{_PREFIX}{names[index]}:{slot}": value
+        f"{_PREFIX}{names[index]}:{slot}": whole(value)
         for index, slots in optimizer.state_dict()["state"].items()
         for slot, value in slots.items()
     }
@@ -101,5 +123,7 @@ def load_optimizer_tensors(
                 f"The optimizer state of {name!r} has shape {list(value.shape)}; the weight has"
                 f" {list(parameters[name].shape)}."
             )
-        state.setdefault(index_of[name], {})[slot] = value
+        state.setdefault(index_of[name], {})[slot] = (
+            cut_like(value, parameters[name]) if value.ndim else value
+        )
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -17,6 +17,7 @@ import torch
 from bitgen.config import BitGenConfig, TrainingConfig
 from bitgen.dataset.coco import CaptionedImage, load_coco
 from bitgen.dataset.images import ImageCache, default_cache_dir
+from bitgen.dataset.masked import check_objective
 from bitgen.dataset.robots import (
     Robot,
     RobotTask,
@@ -31,7 +32,9 @@ from bitgen.errors import ConfigError, DatasetError, InputError, OutputExistsErr
 from bitgen.model.bitgen import BitGenModel
 from bitgen.model.image_encoder import load_encoder_weights
 from bitgen.training.checkpoint import CHECKPOINTS_FOLDER, CONFIG_FILE, open_run
-from bitgen.training.trainer import Trainer, TrainerCallback
+from bitgen.training.distributed import World
+from bitgen.training.events import TrainerCallback
+from bitgen.training.trainer import Trainer
 
 # One unreadable image is skipped, whatever the size of the set; of more, this share is tolerated.
 MAX_BAD_IMAGE_SHARE = 0.01
@@ -162,6 +165,30 @@ def read_data(sources: DataSources) -> TrainingData:
     return TrainingData(train_images, val_images, train_tasks, val_tasks, catalog)
 
 
+def read_sources(
+    sources: DataSources,
+    model_size: str,
+    model_changes: Mapping[str, Any] | None,
+    training: TrainingConfig,
+    observer: SetupObserver,
+) -> tuple[BitGenConfig, TrainingData, Tokenizer | None]:
+    """The architecture for these data, the data, and the tokenizer if the sources name one.
+
+    The arguments, and what is raised, are those of `prepare_training`.
+    """
+    config = BitGenConfig.preset(model_size, **(model_changes or {}))
+    tokenizer = None
+    if sources.tokenizer is not None:
+        tokenizer = Tokenizer.load(sources.tokenizer)
+        config = replace(config, vocab_size=tokenizer.vocab_size)
+    check_objective(config, training, tokenizer)
+    data = read_data(sources)
+    observer.on_note(data.words())
+    if data.train_tasks:
+        config = replace(config, robot_names=tuple(robot.name for robot in data.catalog))
+    return config, data, tokenizer
+
+
 def refuse_existing_output(output_dir: Path, overwrite: bool) -> None:
     """Raise OutputExistsError, before any work is done, where the run's folder is in use.
 
@@ -256,6 +283,7 @@ def prepare_training(
     overwrite: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     observer: SetupObserver | None = None,
+    world: World | None = None,
 ) -> Trainer:
     """A trainer for a new run; nothing is written to `output_dir` before it trains.
 
@@ -270,31 +298,27 @@ def prepare_training(
         overwrite: remove a run that is in `output_dir`, once everything else is in order.
         callbacks: hear of the training.
         observer: hears of the preparation.
+        world: the processes that share the training; None: this one alone.
 
     Raises:
         InputError: the data, the configuration or the output cannot be used.
     """
     training = training or TrainingConfig()
     observer = observer or SetupObserver()
-    refuse_existing_output(output_dir, overwrite)
-    config = BitGenConfig.preset(model_size, **(model_changes or {}))
-    tokenizer = None
-    if sources.tokenizer is not None:
-        tokenizer = Tokenizer.load(sources.tokenizer)
-        config = replace(config, vocab_size=tokenizer.vocab_size)
-    data = read_data(sources)
-    observer.on_note(data.words())
-    if data.train_tasks:
-        config = replace(config, robot_names=tuple(robot.name for robot in data.catalog))
+    world = world or World()
+    if world.is_main:
+        refuse_existing_output(output_dir, overwrite)
+    config, data, tokenizer = read_sources(sources, model_size, model_changes, training, observer)
     if encoder_weights is not None and Path(encoder_weights).exists():
         encoder_weights = str(Path(encoder_weights).absolute())
     model = _initial_model(config, training, encoder_weights)
     cache = ImageCache(cache_dir or default_cache_dir(), config.image_size, config.image_resize)
     data, num_skipped = decode_images(data, cache, observer)
     if tokenizer is None:
-        tokenizer = Tokenizer.train(data.texts(), config.vocab_size)
+        trained = Tokenizer.train(data.texts(), config.vocab_size).to_json()
+        tokenizer = Tokenizer.from_json(world.text_of_main(trained))
     train_set, val_set = make_datasets(data, cache, tokenizer, config, training)
-    if output_dir.exists():
+    if world.is_main and output_dir.exists():
         shutil.rmtree(output_dir)
     return Trainer(
         model=model,
@@ -304,14 +328,22 @@ def prepare_training(
         catalog=data.catalog,
         training=training,
         output_dir=output_dir,
-        data_info={
-            **sources.to_dict(),
-            "encoder_weights": encoder_weights,
-            **data.counts(),
-            "skipped_images": num_skipped,
-        },
+        data_info=_data_info(sources, encoder_weights, data, num_skipped),
         callbacks=callbacks,
+        world=world,
     )
+
+
+def _data_info(
+    sources: DataSources, encoder_weights: str | None, data: TrainingData, num_skipped: int
+) -> dict[str, Any]:
+    """What the run records of where it came from, and needs to resume."""
+    return {
+        **sources.to_dict(),
+        "encoder_weights": encoder_weights,
+        **data.counts(),
+        "skipped_images": num_skipped,
+    }
 
 
 def _initial_model(
@@ -334,6 +366,7 @@ def prepare_resume(
     cache_dir: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     observer: SetupObserver | None = None,
+    world: World | None = None,
 ) -> Trainer:
     """A trainer that goes on with a run: call its `train(resume=True)`.
 
@@ -357,6 +390,8 @@ def prepare_resume(
                 remedy=f"Leave --{name} out, or start a new run in another --output_dir.",
             )
     training = replace(run.training, **(training_changes or {}))
+    tokenizer = Tokenizer.from_json(run.tokenizer_json)
+    check_objective(run.config, training, tokenizer)
     sources = replace(DataSources.from_dict(run.data), **(source_changes or {}))
     data = read_data(sources)
     observer.on_note(data.words())
@@ -369,7 +404,6 @@ def prepare_resume(
     config = run.config
     cache = ImageCache(cache_dir or default_cache_dir(), config.image_size, config.image_resize)
     data, num_skipped = decode_images(data, cache, observer)
-    tokenizer = Tokenizer.from_json(run.tokenizer_json)
     train_set, val_set = make_datasets(data, cache, tokenizer, config, training)
     encoder_weights = run.data.get("encoder_weights")
     # A run that was killed before its first checkpoint starts over, from the same weights.
@@ -382,11 +416,7 @@ def prepare_resume(
         catalog=catalog,
         training=training,
         output_dir=run_dir,
-        data_info={
-            **sources.to_dict(),
-            "encoder_weights": encoder_weights,
-            **data.counts(),
-            "skipped_images": num_skipped,
-        },
+        data_info=_data_info(sources, encoder_weights, data, num_skipped),
         callbacks=callbacks,
+        world=world,
     )

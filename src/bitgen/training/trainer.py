@@ -14,30 +14,27 @@ import dataclasses
 import itertools
 import json
 import math
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from bitgen.config import TrainingConfig
 from bitgen.dataset.collate import Batch, pad_rows
-from bitgen.dataset.images import normalize_images
 from bitgen.dataset.robots import Robot, catalog_to_json
 from bitgen.errors import ConfigError, DatasetError, Interrupted, TrainingError
 from bitgen.model.device import resolve_device
 from bitgen.training.allocator import keep_freed_memory
-from bitgen.training.amp import autocast, make_grad_scaler, resolve_precision
+from bitgen.training.amp import make_grad_scaler, resolve_precision
 from bitgen.training.checkpoint import (
+    CHECKPOINTS_FOLDER,
+    METRICS_FILE,
+    Checkpoint,
     MetricsLog,
     RunFiles,
     create_run,
@@ -49,22 +46,36 @@ from bitgen.training.checkpoint import (
     update_run_config,
 )
 from bitgen.training.curves import draw_curves
-from bitgen.training.losses import (
-    caption_loss,
-    count_caption_targets,
-    count_exact_matches,
-    count_image_words,
-    count_robot_labels,
-    image_word_loss,
-    robot_loss,
-    robot_positive_weight,
+from bitgen.training.data_order import micro_batches, remaining_updates
+from bitgen.training.distributed import (
+    World,
+    average_buffers,
+    replicated,
+    shard,
+    synchronized,
+    whole,
 )
+from bitgen.training.events import (
+    StepReport,
+    TrainerCallback,
+    TrainingStart,
+    TrainingSummary,
+    ValidationReport,
+    WeightReport,
+)
+from bitgen.training.gradients import GradientBuffers
+from bitgen.training.interrupts import DeferredSignals
+from bitgen.training.loader import BatchLoader
+from bitgen.training.losses import count_image_words, expert_load, robot_positive_weight
+from bitgen.training.objective import FIGURES, Objective
 from bitgen.training.optimizer import (
     load_optimizer_tensors,
     make_optimizer,
     optimizer_tensors,
+    set_rates,
 )
-from bitgen.training.schedule import learning_rate_at
+from bitgen.training.schedule import learning_rate_at, weight_decay_at
+from bitgen.training.weight_statistics import TernaryStatistics
 
 if TYPE_CHECKING:
     from bitgen.dataset.samples import TrainingSet
@@ -73,129 +84,27 @@ if TYPE_CHECKING:
 
 CURVES_FILE = "curves.png"
 
-_SKIPS_IN_A_ROW = 10  # updates without a finite loss before training gives up
+_SKIPS_IN_A_ROW = 10  # updates whose loss cannot be trusted before training gives up
 _SPEED_WINDOW = 20  # updates over which speed and remaining time are averaged
+
+# An update explodes where its loss is that of guessing so many times over, or its gradient's norm
+# so many times the usual one, once so many updates have shown what is usual.
+_EXPLODED_LOSS = 5.0
+_EXPLODED_GRADIENT = 100.0
+_USUAL_AFTER = 20
+_USUAL_MOMENTUM = 0.1
 
 # Settings that a resumed run may change without its result being another experiment's.
 _FREE_ON_RESUME = frozenset(
     (
         "num_epochs", "max_steps", "num_workers", "save_every", "eval_every", "patience",
-        "keep_checkpoints",
+        "keep_checkpoints", "weights_every", "parallel", "activation_checkpointing",
+        "compile",
     )
 )  # fmt: skip
 
 
-# What callbacks hear ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TrainingStart:
-    """What is about to be trained."""
-
-    run_dir: Path
-    first_step: int  # updates already made, by the run that is resumed
-    total_steps: int
-    num_epochs: int
-    device: str
-    precision: str  # fp32, bf16 or fp16
-    num_parameters: int  # those that are trained
-    train_samples: int
-    val_samples: int
-    differences: tuple[str, ...]  # settings of a resumed run that differ from the recorded ones
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One update. Losses are in nats; None where the update held nothing of the kind."""
-
-    step: int  # updates made, this one counted
-    total_steps: int
-    epoch: int  # from 1
-    num_epochs: int
-    loss: float | None  # caption loss per valid token
-    robot_loss: float | None  # per robot label
-    image_word_loss: float | None  # per picture
-    grad_norm: float  # before clipping
-    learning_rate: float
-    tokens: int  # with a caption loss
-    images: int
-    tokens_per_second: float  # over the last updates, validation and saving not counted
-    images_per_second: float
-    seconds_remaining: float
-    skipped: bool  # loss or gradients were not finite: the weights stayed as they were
-
-
-@dataclass(frozen=True)
-class ValidationReport:
-    """One pass over the validation set."""
-
-    step: int
-    epoch: int
-    loss: float | None  # caption loss per valid token, without label smoothing
-    robot_loss: float | None
-    robot_exact_match: float | None  # share of tasks with every robot judged right, 0 to 1
-    is_best: bool
-    seconds: float
-
-
-@dataclass(frozen=True)
-class TrainingSummary:
-    """What a training did."""
-
-    run_dir: Path
-    checkpoint_dir: Path
-    steps: int
-    epochs: float
-    first_loss: float | None  # of the first update that had captions
-    loss: float | None  # of the last update that had captions
-    validation: ValidationReport | None  # the last one of this process
-    best_step: int | None
-    best_loss: float | None  # caption loss + robot_loss_weight x robot loss, at `best_step`
-    skipped_steps: int
-    seconds: float  # spent in updates, also before a resume
-    tokens_per_second: float
-    images_per_second: float
-    curves: Path | None
-    differences: tuple[str, ...]
-
-
-class TrainerCallback:
-    """Hears of the training's events; does nothing. Override what is of interest."""
-
-    def on_start(self, start: TrainingStart) -> None:
-        """The run's folder is there; the first update comes next."""
-
-    def on_step(self, report: StepReport) -> None:
-        """An update was made, or skipped."""
-
-    def on_validation_progress(self, done: int, total: int) -> None:
-        """`done` of `total` validation batches are judged."""
-
-    def on_validation(self, report: ValidationReport) -> None:
-        """The validation set was judged."""
-
-    def on_checkpoint(self, path: Path, step: int, is_best: bool) -> None:
-        """A checkpoint is written."""
-
-    def on_warning(self, message: str) -> None:
-        """Something that a person should look at."""
-
-    def on_end(self, summary: TrainingSummary) -> None:
-        """All updates are made and saved."""
-
-
-# Data order -------------------------------------------------------------------------------------
-
-
-def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:
-    """The order of the samples in one epoch; the same for the same arguments, everywhere."""
-    generator = np.random.default_rng([seed % 2**63, epoch])
-    order: list[int] = generator.permutation(num_samples).tolist()
-    return order
-
-
-def _split(indices: Sequence[int], size: int) -> list[list[int]]:
-    return [list(indices[start : start + size]) for start in range(0, len(indices), size)]
+# State --------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -205,6 +114,7 @@ class _Progress:
     step: int = 0
     epoch: int = 0  # from 0
     samples_seen: int = 0  # of this epoch
+    stretches: list[list[int]] = dataclasses.field(default_factory=list)  # samples an update, seen
     tokens: int = 0
     images: int = 0
     seconds: float = 0.0
@@ -215,16 +125,28 @@ class _Progress:
     best_step: int | None = None
     best_loss: float | None = None
     validations_since_best: int = 0
+    validation_pending: bool = False  # a signal came before this step's validation was done
+    usual_log_norm: float = 0.0  # running mean of the logarithm of the gradient norm
+    usual_log_norm_steps: int = 0  # over how many updates
+
+
+@dataclass(frozen=True)
+class _Group:
+    batches: list[Batch]  # micro-batches of this process
+    num_own: int  # of them, those that come first; the others are for company, without labels
+    num_samples: int  # of all processes
 
 
 @dataclass(frozen=True)
 class _Update:
-    loss: float | None
-    robot_loss: float | None
-    image_word_loss: float | None
+    losses: Mapping[str, float]  # by name, each divided by its count
+    expert_load: list[list[float]] | None
     grad_norm: float
     tokens: int
-    skipped: bool
+    text_positions: int
+    padded_positions: int
+    images: int
+    skipped: str | None
     overflowed: bool  # skipped because float16 gradients were scaled too high: that is routine
 
 
@@ -251,6 +173,7 @@ class Trainer:
         output_dir: Path,
         data_info: Mapping[str, Any],
         callbacks: Sequence[TrainerCallback] = (),
+        world: World | None = None,
     ) -> None:
         """Prepare; nothing is written before `train`.
 
@@ -263,7 +186,8 @@ class Trainer:
             training: how to train.
             output_dir: the run's own folder.
             data_info: JSON values that say what is trained on, for `bitgen info`.
-            callbacks: hear of every event, in this order.
+            callbacks: hear of every event, in this order; in the first process alone.
+            world: the processes that share the training; None: this one alone.
 
         Raises:
             DatasetError: the training set is empty.
@@ -275,30 +199,58 @@ class Trainer:
                 "The training set is empty: there is nothing to learn from.",
                 remedy="Give a data set that holds captions or robot tasks.",
             )
-        if model.config.attention_mode == "bidirectional" and not (
-            train_set.tasks or training.image_word_weight
-        ):
+        has_captions = train_set.captions_have_loss and len(train_set) > len(train_set.tasks)
+        if not (has_captions or train_set.tasks or training.image_word_weight):
             raise ConfigError(
                 "There is nothing to learn: in bidirectional mode captions have no loss, there are"
                 " no robot tasks, and image_word_weight is 0.",
-                remedy="Give --robot_data, or take --attention_mode prefix.",
+                remedy="Take --objective mlm or --attention_mode prefix, or give --robot_data.",
             )
-        self.device = resolve_device(training.device)
+        self._world = world or World()
+        self.device = self._world.device(resolve_device(training.device))
         self.dtype = resolve_precision(training.precision, self.device)
         self.max_validation_batches: int | None = None
         self._model = model
         self._train_set = train_set
         self._val_set = val_set if val_set is not None and len(val_set) else None
+        options = (training.num_workers, self.device.type == "cuda")
+        self._train_loader = BatchLoader(train_set, *options)
+        self._val_loader = BatchLoader(self._val_set or train_set, *options)
         self._tokenizer = tokenizer
         self._catalog = list(catalog)
         self._training = training
         self._run_dir = Path(output_dir)
         self._data_info: dict[str, Any] = json.loads(json.dumps(dict(data_info)))
-        self._callbacks = list(callbacks)
+        self._callbacks = list(callbacks) if self._world.is_main else []
         self._progress = _Progress()
         self._checkpoint_dir: Path | None = None
         self._speed: deque[tuple[int, int, float]] = deque(maxlen=_SPEED_WINDOW)
         self._differences: tuple[str, ...] = ()
+
+    @property
+    def model(self) -> BitGenModel:
+        """What is trained."""
+        return self._model
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds pieces of the weights only."""
+        return self._world.size > 1 and self._training.parallel == "fsdp"
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The one that made the sets."""
+        return self._tokenizer
+
+    @property
+    def validation_set(self) -> TrainingSet | None:
+        """What is validated on; None where nothing is."""
+        return self._val_set
+
+    def add_callback(self, callback: TrainerCallback) -> None:
+        """Let it hear of every event, after the others."""
+        if self._world.is_main:
+            self._callbacks.append(callback)
 
     def train(self, resume: bool = False) -> TrainingSummary:
         """Train to the end, from the start or (with `resume`) from the run's last checkpoint.
@@ -311,9 +263,34 @@ class Trainer:
             DiskFullError: no room for metrics or a checkpoint; earlier checkpoints are intact.
             Interrupted: SIGINT or SIGTERM; the update was finished and a checkpoint written.
         """
+        began = time.perf_counter()
         run = self._open_for_resume() if resume else None
-        self._prepare_model()
-        if run is None:
+        checkpoint_dir = None if run is None else run.checkpoint_dir
+        self._world.wait()  # nobody writes before everybody has read
+        if self._world.is_main:
+            self._write_run(is_new=run is None)
+        self._prepare_model(checkpoint_dir)
+        total_steps = self._total_steps()
+        start = self._announce(total_steps)
+        with ExitStack() as stack:
+            metrics = None
+            if self._world.is_main:
+                metrics = stack.enter_context(
+                    closing(MetricsLog(self._run_dir, self._progress.step))
+                )
+            signals = stack.enter_context(DeferredSignals())
+            for loader in (self._train_loader, self._val_loader):
+                stack.callback(loader.close)
+            validation = self._loop(total_steps, metrics, signals)
+        summary = self._summary(start, began, validation, self._draw_curves())
+        self._tell("on_end", summary)
+        self._world.wait()
+        return summary
+
+    # Before the first update --------------------------------------------------------------------
+
+    def _write_run(self, is_new: bool) -> None:
+        if is_new:
             create_run(
                 self._run_dir,
                 config=self._model.config,
@@ -325,39 +302,46 @@ class Trainer:
         else:
             remove_temporaries(self._run_dir)
             update_run_config(self._run_dir, self._model.config, self._training, self._data_info)
-        if run is not None and run.checkpoint_dir is not None:
-            self._restore(run.checkpoint_dir)
-        else:
-            torch.manual_seed(self._training.seed)
-        total_steps = self._total_steps()
-        self._announce(total_steps)
-        with (
-            closing(MetricsLog(self._run_dir, self._progress.step)) as metrics,
-            _DeferredSignals() as signals,
-        ):
-            validation = self._loop(total_steps, metrics, signals)
-        summary = self._summary(validation, self._draw_curves(metrics.path))
-        self._tell("on_end", summary)
-        return summary
 
-    # Before the first update --------------------------------------------------------------------
-
-    def _prepare_model(self) -> None:
+    def _prepare_model(self, checkpoint_dir: Path | None) -> None:
+        """Model, losses and optimizer on the device, as the checkpoint has them."""
         if self.device.type == "cpu":
             keep_freed_memory()
-        model = self._model
+        training, model, world = self._training, self._model, self._world
+        checkpoint = None if checkpoint_dir is None else load_checkpoint(checkpoint_dir)
+        if checkpoint is not None:
+            load_model_tensors(model, checkpoint.model, checkpoint.path)
         model.to(self.device)
+        model.set_activation_checkpointing(training.activation_checkpointing)
+        if training.compile:
+            model.compile_layers()
         names = [robot.name for robot in self._catalog]
         if names:
             texts = [self._tokenizer.encode_robot(robot.text()) for robot in self._catalog]
             model.set_robots(names, *pad_rows(texts, self._tokenizer.pad_id))
-        weight = robot_positive_weight(self._train_set.tasks, names)
-        self._positive_weight_R = weight.to(self.device)
-        self._optimizer = make_optimizer(
-            model, self._training.learning_rate, self._training.weight_decay
+        self._objective = Objective(
+            model,
+            training,
+            robot_positive_weight(self._train_set.tasks, names),
+            self.device,
+            self.dtype,
+            world.size,
+            self.is_sharded,
         )
+        self._shared_objective: torch.nn.Module = self._objective
+        if self.is_sharded:
+            shard(self._objective, model.text_decoder.layers, ["judge"], self.device)
+        elif world.size > 1:
+            self._shared_objective = replicated(self._objective, self.device)
+        self._optimizer = make_optimizer(model, training.learning_rate, training.weight_decay)
         self._parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        # Of several processes, the library that adds gradients up owns their memory.
+        self._gradients = GradientBuffers(self._parameters, allocate=world.size == 1)
         self._scaler = make_grad_scaler(self.device, self.dtype)
+        self._weights = TernaryStatistics(model)
+        torch.manual_seed(training.seed + world.rank)
+        if checkpoint is not None:
+            self._restore(checkpoint)
 
     def _open_for_resume(self) -> RunFiles:
         run = open_run(self._run_dir, prefer="last")
@@ -384,20 +368,18 @@ class Trainer:
         )
         return run
 
-    def _restore(self, checkpoint_dir: Path) -> None:
-        checkpoint = load_checkpoint(checkpoint_dir)
-        load_model_tensors(self._model, checkpoint.model, checkpoint_dir)
+    def _restore(self, checkpoint: Checkpoint) -> None:
         load_optimizer_tensors(self._optimizer, self._model, checkpoint.training)
         if self._scaler.is_enabled() and checkpoint.state["scaler"]:
             self._scaler.load_state_dict(checkpoint.state["scaler"])
         self._progress = _Progress(**checkpoint.state["progress"])
-        self._checkpoint_dir = checkpoint_dir
+        self._checkpoint_dir = checkpoint.path
         if checkpoint.state["train_samples"] != len(self._train_set):
             self._differences += (
                 f"training samples: {checkpoint.state['train_samples']} in the run,"
                 f" {len(self._train_set)} now",
             )
-        _set_random_state(checkpoint.training)
+        _set_random_state(checkpoint.training, self._world.rank)
 
     def _total_steps(self) -> int:
         """Updates of the whole training, counting those that are made already."""
@@ -411,26 +393,29 @@ class Trainer:
         return progress.step + left + later_epochs * self._updates(num_samples)
 
     def _updates(self, num_samples: int) -> int:
-        batches = math.ceil(num_samples / self._training.batch_size)
-        return math.ceil(batches / self._training.grad_accumulation)
+        return math.ceil(num_samples / self._samples_per_update())
 
-    def _announce(self, total_steps: int) -> None:
+    def _samples_per_update(self) -> int:
+        """Of all processes together."""
+        training = self._training
+        return training.batch_size * training.grad_accumulation * self._world.size
+
+    def _announce(self, total_steps: int) -> TrainingStart:
         precisions = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-        self._tell(
-            "on_start",
-            TrainingStart(
-                run_dir=self._run_dir,
-                first_step=self._progress.step,
-                total_steps=total_steps,
-                num_epochs=self._num_epochs(total_steps),
-                device=str(self.device),
-                precision=precisions[self.dtype],
-                num_parameters=sum(p.numel() for p in self._parameters),
-                train_samples=len(self._train_set),
-                val_samples=0 if self._val_set is None else len(self._val_set),
-                differences=self._differences,
-            ),
+        start = TrainingStart(
+            run_dir=self._run_dir,
+            first_step=self._progress.step,
+            total_steps=total_steps,
+            num_epochs=self._num_epochs(total_steps),
+            device=str(self.device),
+            num_processes=self._world.size,
+            precision=precisions[self.dtype],
+            num_parameters=sum(p.numel() for p in self._parameters),
+            train_samples=len(self._train_set),
+            val_samples=0 if self._val_set is None else len(self._val_set),
+            differences=self._differences,
         )
+        self._tell("on_start", start)
         if self._differences:
             self._tell(
                 "on_warning",
@@ -438,12 +423,13 @@ class Trainer:
                 " The present ones are used.",
             )
         has_captions = len(self._train_set) > len(self._train_set.tasks)
-        if has_captions and self._model.config.attention_mode == "bidirectional":
+        if has_captions and not self._train_set.captions_have_loss:
             self._tell(
                 "on_warning",
                 "In bidirectional mode a position sees the word that it would have to foretell:"
                 " captions have no loss. The image encoder learns their words, and the robot"
-                " selector its tasks; the model will not write captions.",
+                " selector its tasks; the model will not write captions. --objective mlm trains on"
+                " their hidden words.",
             )
         if self._training.warmup_steps >= total_steps:
             self._tell(
@@ -452,6 +438,7 @@ class Trainer:
                 f" {total_steps} of this training: the learning rate does not reach its peak"
                 " for long. Set a smaller --warmup_steps.",
             )
+        return start
 
     def _num_epochs(self, total_steps: int) -> int:
         if self._training.max_steps is None:
@@ -461,41 +448,47 @@ class Trainer:
     # The loop -----------------------------------------------------------------------------------
 
     def _loop(
-        self, total_steps: int, metrics: MetricsLog, signals: _DeferredSignals
+        self, total_steps: int, metrics: MetricsLog | None, signals: DeferredSignals
     ) -> ValidationReport | None:
         training, progress = self._training, self._progress
         validation: ValidationReport | None = None
         self._model.train()
+        if progress.validation_pending:
+            validation = self._validate(metrics, signals)
+            self._save(validation is not None and validation.is_best)
+            if self._stops_for(signals):
+                raise self._interrupted(total_steps)
         if progress.step >= total_steps:
             return validation
         num_epochs = self._num_epochs(total_steps)
         started = time.perf_counter()
         with closing(self._groups()) as groups:
-            for batches in groups:
-                rate = learning_rate_at(
-                    progress.step,
-                    peak=training.learning_rate,
-                    minimum=training.min_learning_rate,
-                    warmup_steps=training.warmup_steps,
-                    total_steps=total_steps,
-                    pretraining_steps=training.word_pretraining_steps,
-                )
+            for group in groups:
                 epoch = progress.epoch + 1
-                images = sum(self._count_images(batch) for batch in batches)
-                update = self._update(batches, rate)
-                seconds = time.perf_counter() - started
-                self._advance(batches, update, images, seconds)
-                self._report_step(update, rate, images, epoch, num_epochs, total_steps, metrics)
+                rate, decay = self._rates(total_steps)
+                counts_weights = self._counts_weights()
+                if counts_weights:
+                    self._weights.remember()
+                update = self._update(group, rate, decay)
+                self._advance(update, group.num_samples, time.perf_counter() - started)
+                report = self._step_report(update, rate, decay, epoch, num_epochs, total_steps)
+                if metrics is not None:
+                    metrics.write(_step_metrics(report))
+                self._tell("on_step", report)
+                if counts_weights:
+                    self._report_weights(metrics)
                 if progress.skipped_in_a_row >= _SKIPS_IN_A_ROW:
-                    raise self._not_finite()
+                    raise self._not_to_be_trusted(update)
                 is_last = progress.step >= total_steps
+                stops = self._stops_for(signals)
                 is_best = False
-                if (progress.step % training.eval_every == 0 or is_last) and not signals.received:
-                    report = self._validate(epoch, signals)
-                    if report is not None:
-                        validation, is_best = report, report.is_best
-                        metrics.write(_metrics("validation", report))
-                        self._tell("on_validation", report)
+                if progress.step % training.eval_every == 0 or is_last:
+                    progress.validation_pending = self._val_set is not None
+                    if not stops:
+                        judged = self._validate(metrics, signals)
+                        if judged is not None:
+                            validation, is_best = judged, judged.is_best
+                        stops = self._stops_for(signals)
                 if not is_last and self._is_out_of_patience():
                     is_last = True
                     self._tell(
@@ -504,111 +497,198 @@ class Trainer:
                         f" {progress.validations_since_best} validations were no better than that"
                         f" of step {progress.best_step} (patience {training.patience}).",
                     )
-                stop = bool(signals.received) and not is_last
-                if is_best or is_last or stop or progress.step % training.save_every == 0:
+                if is_best or is_last or stops or progress.step % training.save_every == 0:
                     self._save(is_best)
-                if stop:
-                    raise Interrupted(
-                        f"Training was interrupted at step {progress.step} of {total_steps};"
-                        f" it is saved in {self._checkpoint_dir}.",
-                        remedy=f"Continue it with --resume --output_dir {self._run_dir}.",
-                    )
                 if is_last:
                     break
+                if stops:
+                    raise self._interrupted(total_steps)
                 started = time.perf_counter()
         return validation
 
-    def _groups(self) -> Generator[list[Batch], None, None]:
-        """The micro-batches of one update after the other, from where the training stands."""
-        training = self._training
-        while True:
-            epoch = self._progress.epoch
-            order = epoch_order(len(self._train_set), training.seed, epoch)
-            batches = _split(order[self._progress.samples_seen :], training.batch_size)
-            self._train_set.set_epoch(epoch)
-            loader = iter(self._loader(self._train_set, batches))
-            while group := list(itertools.islice(loader, training.grad_accumulation)):
-                yield group
-            if self._progress.epoch == epoch:  # resumed on a set that is smaller now
-                self._progress.epoch, self._progress.samples_seen = epoch + 1, 0
+    def _rates(self, total_steps: int) -> tuple[float, float]:
+        """Learning rate and weight decay of the coming update."""
+        training, step = self._training, self._progress.step
+        rate = learning_rate_at(
+            step,
+            peak=training.learning_rate,
+            minimum=training.min_learning_rate,
+            warmup_steps=training.warmup_steps,
+            total_steps=total_steps,
+            pretraining_steps=training.word_pretraining_steps,
+            schedule=training.schedule,
+        )
+        decay = weight_decay_at(
+            step,
+            peak=training.weight_decay,
+            total_steps=total_steps,
+            pretraining_steps=training.word_pretraining_steps,
+            schedule=training.schedule,
+        )
+        return rate, decay
 
-    def _loader(self, samples: TrainingSet, batches: list[list[int]]) -> DataLoader[Any]:
-        return DataLoader(
-            samples,
-            batch_sampler=batches,
-            collate_fn=samples.collate,
-            num_workers=self._training.num_workers,
-            pin_memory=self.device.type == "cuda",
-            # Its own generator: starting workers must not advance the one of the training.
-            generator=torch.Generator(),
-            worker_init_fn=_outlive_signals,
+    def _stops_for(self, signals: DeferredSignals) -> bool:
+        """Whether any of the processes was told to stop."""
+        return bool(self._world.sum(torch.tensor([float(signals.received)])).item())
+
+    def _interrupted(self, total_steps: int) -> Interrupted:
+        return Interrupted(
+            f"Training was interrupted at step {self._progress.step} of {total_steps};"
+            f" it is saved in {self._checkpoint_dir}.",
+            remedy=f"Continue it with --resume --output_dir {self._run_dir}.",
         )
 
-    def _update(self, batches: Sequence[Batch], learning_rate: float) -> _Update:
-        """One update of the weights from the gradients of all micro-batches."""
-        training, optimizer, scaler = self._training, self._optimizer, self._scaler
-        counts = {"image_word": sum(count_image_words(batch.word_weights) for batch in batches)}
+    def _groups(self) -> Generator[_Group, None, None]:
+        """What one update after the other learns from, from where the training stands."""
+        training, world, progress = self._training, self._world, self._progress
+        while True:
+            epoch = progress.epoch
+            updates = remaining_updates(
+                len(self._train_set),
+                self._stretches(),
+                training.seed,
+                epoch,
+                self._train_set.lengths(epoch) if training.length_buckets else None,
+            )
+            shares = [
+                micro_batches(update, training.batch_size, world.rank, world.size)
+                for update in updates
+            ]
+            # With nothing left for it, a process computes a sample for company, without labels.
+            indices = [
+                own or update[:1]
+                for update, share in zip(updates, shares, strict=True)
+                for own in share
+            ]
+            loaded = self._train_loader.load(indices, epoch)
+            for update, share in zip(updates, shares, strict=True):
+                batches = list(itertools.islice(loaded, len(share)))
+                yield _Group(
+                    [
+                        batch if own else batch.without_labels()
+                        for own, batch in zip(share, batches, strict=True)
+                    ],
+                    num_own=sum(map(bool, share)),
+                    num_samples=len(update),
+                )
+            if progress.epoch == epoch:  # resumed on a set that is smaller now
+                self._begin_epoch()
+
+    def _stretches(self) -> list[tuple[int, int]]:
+        """Samples an update, and samples seen so, of this epoch; the last one is going on."""
+        size = self._samples_per_update()
+        stretches = [(size_then, seen) for size_then, seen in self._progress.stretches]
+        if not stretches:  # nothing seen yet, or so by a version that kept no stretches
+            return [(size, self._progress.samples_seen)]
+        if stretches[-1][0] == size:
+            return stretches
+        return [*stretches, (size, 0)]
+
+    def _begin_epoch(self) -> None:
+        progress = self._progress
+        progress.epoch, progress.samples_seen, progress.stretches = progress.epoch + 1, 0, []
+
+    def _update(self, group: _Group, learning_rate: float, weight_decay: float) -> _Update:
+        """One update of the weights from the gradients of all micro-batches of all processes."""
+        world, scaler, optimizer = self._world, self._scaler, self._optimizer
         words_only = self._is_word_pretraining()
-        if not words_only:
-            counts["caption"] = sum(count_caption_targets(batch.labels) for batch in batches)
-            counts["robot"] = sum(count_robot_labels(batch.robot_labels) for batch in batches)
-        weights = {
-            "caption": 1.0,
-            "robot": training.robot_loss_weight,
-            "image_word": training.image_word_weight,
+        own = group.batches[: group.num_own]
+        own_counts = {
+            **self._objective.counts(own, words_only),
+            "images": sum(self._count_images(batch) for batch in own),
+            "positions": sum(batch.attention_mask.numel() for batch in own),
+            "padding": sum(int((~batch.attention_mask).sum()) for batch in own),
         }
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer.zero_grad(set_to_none=True)
-        totals = {name: torch.zeros((), device=self.device) for name in counts}
-        for batch in batches:
-            loss = torch.zeros((), device=self.device)
-            losses = self._word_losses(batch) if words_only else self._losses(batch)
-            for name, loss_sum in losses.items():
-                loss = loss + weights[name] * loss_sum / max(1, counts[name])
-                totals[name] += loss_sum.detach()
-            if loss.requires_grad:
-                scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, training.grad_clip or math.inf)
-        # One transfer for all: each one waits for the device.
-        *sums, grad_norm = torch.stack(
-            [*totals.values(), norm.to(self.device, torch.float32)]
-        ).tolist()
-        finite_loss = all(math.isfinite(value) for value in sums)
-        means = {
-            name: value / counts[name] if counts[name] else None
-            for name, value in zip(totals, sums, strict=True)
-        }
-        skipped = not (finite_loss and math.isfinite(grad_norm))
-        overflowed = skipped and finite_loss and scaler.is_enabled() and scaler.get_scale() > 1
-        if not skipped:
-            scaler.step(optimizer)
+        summed = world.sum(torch.tensor(list(own_counts.values()), dtype=torch.float64))
+        counts = {name: int(n) for name, n in zip(own_counts, summed.tolist(), strict=True)}
+        set_rates(optimizer, learning_rate, weight_decay)
+        self._gradients.zero()
+        totals, chosen_NE = self._add_gradients(group, counts, words_only)
+        world.sum(self._gradients.reached)
+        with self._gradients.only_reached():
+            scaler.unscale_(optimizer)
+            norm = whole(
+                torch.nn.utils.clip_grad_norm_(
+                    self._parameters, self._training.grad_clip or math.inf
+                )
+            )
+            # One transfer for all: each one waits for the device.
+            *own_sums, grad_norm = (
+                torch.stack([*totals.values(), norm.to(self.device, torch.float32)]).cpu().double()
+            ).tolist()
+            sums = world.sum(torch.tensor(own_sums, dtype=torch.float64)).tolist()
+            losses = {
+                name: value / counts[name]
+                for name, value in zip(totals, sums, strict=True)
+                if counts[name]
+            }
+            is_finite = all(math.isfinite(value) for value in sums)
+            skipped = self._why_skipped(losses, is_finite, grad_norm)
+            if skipped is None:
+                scaler.step(optimizer)
+        overflowed = (
+            is_finite
+            and not math.isfinite(grad_norm)
+            and scaler.is_enabled()
+            and scaler.get_scale() > 1
+        )
         scaler.update()
         return _Update(
-            loss=means.get("caption"),
-            robot_loss=means.get("robot"),
-            image_word_loss=means["image_word"],
+            losses=losses,
+            expert_load=None if chosen_NE is None else expert_load(world.sum(chosen_NE.cpu())),
             grad_norm=grad_norm,
             tokens=counts.get("caption", 0),
+            text_positions=counts["positions"],
+            padded_positions=counts["padding"],
+            images=counts["images"],
             skipped=skipped,
             overflowed=overflowed,
         )
 
-    def _losses(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Each loss that the batch has labels for, summed."""
-        output, batch = self._forward(batch, self._training.image_word_weight > 0)
-        smoothing = self._training.label_smoothing
-        sums = {"caption": caption_loss(output.logits, batch.labels, smoothing)[0]}
-        if output.robot_logits is not None:
-            sums["robot"], _ = robot_loss(
-                output.robot_logits, batch.robot_labels, self._positive_weight_R
-            )
-        if output.image_words is not None:
-            sums["image_word"], _ = image_word_loss(
-                output.image_words, batch.word_ids, batch.word_weights
-            )
-        return sums
+    def _add_gradients(
+        self, group: _Group, counts: Mapping[str, int], words_only: bool
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """Run all micro-batches forward and backward.
+
+        Returns the sum of each loss and how often each expert was chosen, on the device.
+        """
+        size = self._world.size
+        names = [name for name in self._objective.weights if name in counts]
+        totals = {name: torch.zeros((), device=self.device) for name in names}
+        chosen_NE: torch.Tensor | None = None
+        for index, batch in enumerate(group.batches):
+            if index == group.num_own:
+                self._model.eval()  # what is computed for company leaves running statistics alone
+            is_last = index == len(group.batches) - 1
+            with synchronized(self._shared_objective, enabled=is_last):
+                found = self._shared_objective(batch, words_only)
+                for name in totals.keys() & found.sums.keys():
+                    totals[name] += found.sums[name].detach()
+                loss = self._objective.total(found.sums, counts)
+                if loss.requires_grad:
+                    # The mean over processes, which the libraries take, of what is to be a sum.
+                    self._scaler.scale(loss * size if size > 1 else loss).backward()
+            if found.chosen_NE is not None:
+                # Never None with experts: all processes add theirs up, also one without samples.
+                own_NE = found.chosen_NE * (index < group.num_own)
+                chosen_NE = own_NE if chosen_NE is None else chosen_NE + own_NE
+        self._model.train()
+        return totals, chosen_NE
+
+    def _why_skipped(
+        self, losses: Mapping[str, float], is_finite: bool, grad_norm: float
+    ) -> str | None:
+        """Why the weights should stay as they are; None where all is well."""
+        if not (is_finite and math.isfinite(grad_norm)):
+            return "loss or gradients not finite"
+        guessing = math.log(self._model.config.vocab_size)
+        if losses.get("caption", 0.0) > _EXPLODED_LOSS * guessing:
+            return f"loss {losses['caption']:.3g} exploded (guessing costs {guessing:.3g})"
+        progress = self._progress
+        usual = math.exp(progress.usual_log_norm)
+        if progress.usual_log_norm_steps >= _USUAL_AFTER and grad_norm > _EXPLODED_GRADIENT * usual:
+            return f"gradient norm {grad_norm:.3g} exploded (usually {usual:.3g})"
+        return None
 
     def _is_word_pretraining(self) -> bool:
         return self._progress.step < self._training.word_pretraining_steps
@@ -619,137 +699,137 @@ class Trainer:
             return count_image_words(batch.word_weights)
         return int(batch.image_mask.sum())
 
-    def _word_losses(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """The image word loss alone, of the rows that have words; no text is read."""
-        rows = batch.word_weights.sum(dim=1) > 0
-        if batch.images is None or not rows.any():
-            return {}
-        batch = batch.rows(rows).to(self.device)
-        assert batch.images is not None
-        config = self._model.config
-        images = normalize_images(batch.images, config.image_mean, config.image_std)
-        with autocast(self.device, self.dtype):
-            scores_BV = self._model.image_words(images)
-        loss, _ = image_word_loss(scores_BV, batch.word_ids, batch.word_weights)
-        return {"image_word": loss}
-
-    def _forward(self, batch: Batch, with_image_words: bool = False) -> tuple[Any, Batch]:
-        has_robot_labels = count_robot_labels(batch.robot_labels) > 0
-        # Built before the batch is moved: to look for padding would wait for an accelerator.
-        mask = self._model.build_attention_mask(
-            batch.attention_mask,
-            batch.prefix_lengths,
-            batch.image_mask,
-            has_images=batch.images is not None,
-        )
-        batch = batch.to(self.device)
-        config = self._model.config
-        images = batch.images
-        if images is not None:
-            images = normalize_images(images, config.image_mean, config.image_std)
-        with autocast(self.device, self.dtype):
-            output = self._model(
-                batch.input_ids,
-                images=images,
-                attention_mask=mask,
-                return_robot_selection=has_robot_labels,
-                return_image_words=with_image_words,
-            )
-        return output, batch
-
-    def _advance(
-        self, batches: Sequence[Batch], update: _Update, images: int, seconds: float
-    ) -> None:
+    def _advance(self, update: _Update, num_samples: int, seconds: float) -> None:
         progress = self._progress
+        was_word_pretraining = self._is_word_pretraining()
         progress.step += 1
-        progress.samples_seen += sum(len(batch.input_ids) for batch in batches)
+        *earlier, (size, seen) = self._stretches()
+        progress.samples_seen += num_samples
+        progress.stretches = [list(stretch) for stretch in (*earlier, (size, seen + num_samples))]
         if progress.samples_seen >= len(self._train_set):
-            progress.epoch, progress.samples_seen = progress.epoch + 1, 0
+            self._begin_epoch()
         progress.tokens += update.tokens
-        progress.images += images
+        progress.images += update.images
         progress.seconds += seconds
-        self._speed.append((update.tokens, images, seconds))
-        if update.skipped:
+        self._speed.append((update.tokens, update.images, seconds))
+        if update.skipped is not None:
             progress.skipped_steps += 1
             progress.skipped_in_a_row += not update.overflowed
             return
         progress.skipped_in_a_row = 0
-        if update.loss is not None:
-            progress.loss = update.loss
+        if update.grad_norm > 0:  # an update without anything to learn from says nothing of others
+            progress.usual_log_norm_steps += 1
+            momentum = max(_USUAL_MOMENTUM, 1 / progress.usual_log_norm_steps)
+            logarithm = math.log(update.grad_norm)
+            progress.usual_log_norm += momentum * (logarithm - progress.usual_log_norm)
+        if was_word_pretraining and not self._is_word_pretraining():
+            progress.usual_log_norm_steps = 0  # other losses have other gradients
+        loss = update.losses.get("caption")
+        if loss is not None:
+            progress.loss = loss
             if progress.first_loss is None:
-                progress.first_loss = update.loss
+                progress.first_loss = loss
 
-    def _report_step(
+    def _step_report(
         self,
         update: _Update,
         learning_rate: float,
-        images: int,
+        weight_decay: float,
         epoch: int,
         num_epochs: int,
         total_steps: int,
-        metrics: MetricsLog,
-    ) -> None:
+    ) -> StepReport:
         tokens, pictures, seconds = (sum(column) for column in zip(*self._speed, strict=True))
         seconds = max(seconds, 1e-9)
-        report = StepReport(
+        losses = dict(update.losses)
+        return StepReport(
             step=self._progress.step,
             total_steps=total_steps,
             epoch=epoch,
             num_epochs=num_epochs,
-            loss=update.loss,
-            robot_loss=update.robot_loss,
-            image_word_loss=update.image_word_loss,
+            loss=losses.pop("caption", None),
+            robot_loss=losses.pop("robot", None),
+            image_word_loss=losses.pop("image_word", None),
+            other_losses=losses,
+            expert_load=update.expert_load,
             grad_norm=update.grad_norm,
             learning_rate=learning_rate,
+            weight_decay=weight_decay,
             tokens=update.tokens,
-            images=images,
+            images=update.images,
+            padding_share=update.padded_positions / max(1, update.text_positions),
             tokens_per_second=tokens / seconds,
             images_per_second=pictures / seconds,
             seconds_remaining=(total_steps - self._progress.step) * seconds / len(self._speed),
             skipped=update.skipped,
         )
-        metrics.write(_metrics("train", report, leave_out=("total_steps", "num_epochs")))
-        self._tell("on_step", report)
 
-    def _not_finite(self) -> TrainingError:
+    def _counts_weights(self) -> bool:
+        """Whether the ternary weights are counted before and after the coming update."""
+        every = self._training.weights_every
+        return (
+            every > 0 and self._weights.num_weights > 0 and (self._progress.step + 1) % every == 0
+        )
+
+    def _report_weights(self, metrics: MetricsLog | None) -> None:
+        flips, shares = self._weights.flips(), self._weights.shares()
+        report = WeightReport(
+            step=self._progress.step,
+            flips=flips,
+            flip_share=flips / self._weights.num_weights,
+            shares=shares,
+            total_shares=self._weights.total(shares),
+        )
+        if metrics is not None:
+            metrics.write(_metrics("weights", report))
+        self._tell("on_weights", report)
+
+    def _not_to_be_trusted(self, update: _Update) -> TrainingError:
         where = (
             f"The last good checkpoint is {self._checkpoint_dir}."
             if self._checkpoint_dir is not None
             else "No checkpoint was written before."
         )
         return TrainingError(
-            f"The loss or its gradient was not finite in {_SKIPS_IN_A_ROW} updates in a row,"
-            f" up to step {self._progress.step}.",
+            f"{_SKIPS_IN_A_ROW} updates in a row were skipped, up to step {self._progress.step};"
+            f" the last one: {update.skipped}.",
             remedy=f"{where} Try a smaller --learning_rate, or --precision fp32.",
         )
 
     # Validation and checkpoints -----------------------------------------------------------------
 
-    def _validate(self, epoch: int, signals: _DeferredSignals) -> ValidationReport | None:
+    def _validate(
+        self, metrics: MetricsLog | None, signals: DeferredSignals
+    ) -> ValidationReport | None:
         """Judge the validation set; None without one, or where a signal cuts it short."""
         if self._val_set is None:
             return None
         started = time.perf_counter()
-        batches = _split(range(len(self._val_set)), self._training.batch_size)
+        progress, world = self._progress, self._world
+        average_buffers(self._model, world)
+        batches = micro_batches(range(len(self._val_set)), self._training.batch_size, 0, 1)
         batches = batches[: self.max_validation_batches]
-        totals = torch.zeros(6, dtype=torch.float64)
+        share = batches[world.rank :: world.size]
+        # As many in each process: where one has nothing left, it computes for company.
+        most = math.ceil(len(batches) / world.size)
+        indices = share + [batches[0][:1]] * (most - len(share))
+        totals = torch.zeros(len(FIGURES), dtype=torch.float64)
         self._model.eval()
         try:
-            with torch.no_grad():
-                loader = iter(self._loader(self._val_set, batches))
-                for done, batch in enumerate(loader, start=1):
-                    totals += self._judge(batch)
-                    self._tell("on_validation_progress", done, len(batches))
-                    if signals.received:
-                        return None
+            for done, batch in enumerate(self._val_loader.load(indices, 0), start=1):
+                judged = self._objective.judge(batch)
+                totals += judged if done <= len(share) else 0.0 * judged
+                self._tell("on_validation_progress", done, most)
+                if signals.received and world.size == 1:
+                    return None
         finally:
             self._model.train()
-        caption, tokens, robot, labels, matches, tasks = totals.tolist()
-        loss = caption / tokens if tokens else None
-        robot_part = robot / labels if labels else None
-        score = (loss or 0.0) + self._training.robot_loss_weight * (robot_part or 0.0)
-        progress = self._progress
-        is_judged = loss is not None or robot_part is not None
+        figures = dict(zip(FIGURES, world.sum(totals).tolist(), strict=True))
+        progress.validation_pending = False
+        loss = figures["caption"] / figures["tokens"] if figures["tokens"] else None
+        robot_loss = figures["robot"] / figures["labels"] if figures["labels"] else None
+        score = (loss or 0.0) + self._training.robot_loss_weight * (robot_loss or 0.0)
+        is_judged = loss is not None or robot_loss is not None
         is_best = (
             is_judged
             and math.isfinite(score)
@@ -760,15 +840,19 @@ class Trainer:
             progress.validations_since_best = 0
         elif is_judged:
             progress.validations_since_best += 1
-        return ValidationReport(
+        report = ValidationReport(
             step=progress.step,
-            epoch=epoch,
+            epoch=progress.epoch + (progress.samples_seen > 0),
             loss=loss,
-            robot_loss=robot_part,
-            robot_exact_match=matches / tasks if tasks else None,
+            robot_loss=robot_loss,
+            robot_exact_match=figures["matches"] / figures["tasks"] if figures["tasks"] else None,
             is_best=is_best,
             seconds=time.perf_counter() - started,
         )
+        if metrics is not None:
+            metrics.write(_metrics("validation", report))
+        self._tell("on_validation", report)
+        return report
 
     def _is_out_of_patience(self) -> bool:
         """Whether to stop at this step; a resumed run gets at least to its next validation."""
@@ -779,24 +863,21 @@ class Trainer:
             and self._progress.validations_since_best >= patience
         )
 
-    def _judge(self, batch: Batch) -> torch.Tensor:
-        """Caption loss and tokens, robot loss and labels, exact matches and tasks: float64 [6]."""
-        output, batch = self._forward(batch)
-        figures = list(caption_loss(output.logits, batch.labels))
-        if output.robot_logits is None:
-            figures += [torch.zeros((), device=self.device)] * 4
-        else:
-            labels = batch.robot_labels
-            figures += robot_loss(output.robot_logits, labels, self._positive_weight_R)
-            figures += count_exact_matches(output.robot_logits, labels)
-        return torch.stack([figure.double() for figure in figures]).cpu()
-
     def _save(self, is_best: bool) -> None:
+        world = self._world
+        average_buffers(self._model, world)
+        model = {name: whole(value) for name, value in self._model.state_dict().items()}
+        training = {
+            **optimizer_tensors(self._optimizer, self._model),
+            **_random_state(world),
+        }
+        if not world.is_main:
+            return
         self._checkpoint_dir = save_checkpoint(
             self._run_dir,
             self._progress.step,
-            model=self._model.state_dict(),
-            training={**optimizer_tensors(self._optimizer, self._model), **_random_state()},
+            model=model,
+            training=training,
             state={
                 "progress": dataclasses.asdict(self._progress),
                 "train_samples": len(self._train_set),
@@ -809,10 +890,12 @@ class Trainer:
 
     # After the last update ----------------------------------------------------------------------
 
-    def _draw_curves(self, metrics_path: Path) -> Path | None:
+    def _draw_curves(self) -> Path | None:
+        if not self._world.is_main:
+            return None
         output = self._run_dir / CURVES_FILE
         try:
-            draw_curves(metrics_path, output)
+            draw_curves(self._run_dir / METRICS_FILE, output)
         except ImportError:
             self._tell(
                 "on_warning", f"Without matplotlib no {CURVES_FILE} is drawn: install matplotlib."
@@ -820,13 +903,22 @@ class Trainer:
             return None
         return output
 
-    def _summary(self, validation: ValidationReport | None, curves: Path | None) -> TrainingSummary:
+    def _summary(
+        self,
+        start: TrainingStart,
+        began: float,
+        validation: ValidationReport | None,
+        curves: Path | None,
+    ) -> TrainingSummary:
         progress = self._progress
-        assert self._checkpoint_dir is not None  # the last update always saves
+        checkpoint_dir = self._checkpoint_dir  # the last update always saves
+        if checkpoint_dir is None:  # in another process
+            checkpoint_dir = self._run_dir / CHECKPOINTS_FOLDER / "last"
         seconds = max(progress.seconds, 1e-9)
         return TrainingSummary(
+            start=start,
             run_dir=self._run_dir,
-            checkpoint_dir=self._checkpoint_dir,
+            checkpoint_dir=checkpoint_dir,
             steps=progress.step,
             epochs=progress.epoch + progress.samples_seen / len(self._train_set),
             first_loss=progress.first_loss,
@@ -836,6 +928,7 @@ class Trainer:
             best_loss=progress.best_loss,
             skipped_steps=progress.skipped_steps,
             seconds=progress.seconds,
+            wall_seconds=time.perf_counter() - began,
             tokens_per_second=progress.tokens / seconds,
             images_per_second=progress.images / seconds,
             curves=curves,
@@ -862,65 +955,36 @@ def _differences(
     )
 
 
-def _metrics(
-    kind: str, report: StepReport | ValidationReport, leave_out: Sequence[str] = ()
-) -> dict[str, Any]:
+def _metrics(kind: str, report: Any, leave_out: Sequence[str] = ()) -> dict[str, Any]:
     values = dataclasses.asdict(report).items()
     return {"kind": kind, **{name: value for name, value in values if name not in leave_out}}
 
 
-def _random_state() -> dict[str, torch.Tensor]:
-    states = {"random.cpu": torch.get_rng_state()}
+def _step_metrics(report: StepReport) -> dict[str, Any]:
+    values = _metrics("train", report, leave_out=("total_steps", "num_epochs", "other_losses"))
+    losses = {f"{name}_loss": value for name, value in report.other_losses.items()}
+    return {**values, "true_loss": report.true_loss, **losses}
+
+
+def _random_state(world: World) -> dict[str, torch.Tensor]:
+    """The states of torch's generators in all processes, which all have to ask."""
+    states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        for index, state in enumerate(torch.cuda.get_rng_state_all()):
-            states[f"random.cuda.{index}"] = state
-    return states
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {
+        _random_name(kind, rank): of_rank
+        for kind, state in states.items()
+        for rank, of_rank in enumerate(world.gather(state))
+    }
 
 
-def _set_random_state(states: Mapping[str, torch.Tensor]) -> None:
-    torch.set_rng_state(states["random.cpu"])
-    for index in range(torch.cuda.device_count()):
-        if f"random.cuda.{index}" in states:
-            torch.cuda.set_rng_state(states[f"random.cuda.{index}"], index)
+def _set_random_state(states: Mapping[str, torch.Tensor], rank: int) -> None:
+    """Go on with this process's random numbers; a process that is new begins its own."""
+    if _random_name("cpu", rank) in states:
+        torch.set_rng_state(states[_random_name("cpu", rank)])
+    if torch.cuda.is_available() and _random_name("cuda", rank) in states:
+        torch.cuda.set_rng_state(states[_random_name("cuda", rank)])
 
 
-def _outlive_signals(worker: int) -> None:
-    """Make a loading process leave the signals of its process group to the training one.
-
-    A second SIGTERM ends it, so that it can never keep the program from exiting.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_at_next_signal)
-
-
-def _end_at_next_signal(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_DFL)
-
-
-class _DeferredSignals:
-    """Remembers SIGINT and SIGTERM until the loop can act on them; a second one acts at once."""
-
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _DeferredSignals:
-        # Python delivers signals to the main thread only; elsewhere the caller stays in charge.
-        if threading.current_thread() is threading.main_thread():
-            for number in self._SIGNALS:
-                self._previous[number] = signal.signal(number, self._remember)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._restore()
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self._restore()
-
-    def _restore(self) -> None:
-        while self._previous:
-            number, handler = self._previous.popitem()
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+def _random_name(kind: str, rank: int) -> str:
+    return f"random.{kind}.{rank}" if kind == "cuda" or rank else f"random.{kind}"
