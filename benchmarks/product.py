@@ -232,17 +232,19 @@ def packed_calls(
         for i in range(count)
     ))  # fmt: skip
     out = np.empty((case.tokens, case.rows), np.float32)
-    turns = endless([ctypes.byref(matrix) for matrix in matrices])
-    place = 0
+    pointers = [ctypes.byref(matrix) for matrix in matrices]
+    place = 0  # one for both: neither may find in a cache what the other has read
 
     def packed(calls: int) -> float:
+        nonlocal place
         quantize, product = native.bitgen_quantize, native.bitgen_ternary_product
         source, result = activations.ctypes.data, out.ctypes.data
         quantized = values.ctypes.data, values.shape[1], scales.ctypes.data, sums.ctypes.data
         started = time.perf_counter()
         for _ in range(calls):
             quantize(source, case.tokens, case.columns, *quantized)
-            product(x, next(turns), None, result)
+            product(x, pointers[place], None, result)
+            place = (place + 1) % count
         return time.perf_counter() - started
 
     def engine(calls: int) -> float:
