@@ -1,16 +1,20 @@
-"""`bitgen info`: what a model holds."""
+"""`bitgen info`: what a model holds, and what this machine runs it with."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bitgen.cli.models import model_or_newest_run
 from bitgen.console import console, duration, file_size
+from bitgen.errors import InputError
+
+if TYPE_CHECKING:
+    from bitgen.inference.inspect import ModelDescription, PartDescription
 
 
 def info(
@@ -21,9 +25,16 @@ def info(
             help="Run folder, checkpoint folder or exported file. Default: the newest run.",
         ),
     ] = None,
+    system: Annotated[
+        bool,
+        typer.Option("--system", help="Show this machine instead: what multiplies, and why."),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print it as one JSON object.")] = False,
 ) -> None:
     """Show parameters by part, bits a weight, bytes, layers, dtype, and what it was trained on."""
+    if system:
+        _show_system(model, json)
+        return
     source = model_or_newest_run(model)
 
     from bitgen.cli.training_run import figure_rows
@@ -44,21 +55,17 @@ def info(
             }
         )
         return
-    total = (found.ternary_parameters, found.float_parameters, found.parameters)
+    kinds = ("ternary", "int8", "float") if found.int8_parameters else ("ternary", "float")
+
+    def row(name: str, counted: PartDescription | ModelDescription, size: int) -> tuple[str, ...]:
+        counts = (*(getattr(counted, f"{kind}_parameters") for kind in kinds), counted.parameters)
+        return (name, *(f"{count:,}" for count in counts), file_size(size))
+
     console.table(
-        ("part", "ternary", "float", "parameters", "packed"),
+        ("part", *kinds, "parameters", "packed"),
         [
-            *(
-                (
-                    part.name,
-                    f"{part.ternary_parameters:,}",
-                    f"{part.float_parameters:,}",
-                    f"{part.parameters:,}",
-                    file_size(part.bytes),
-                )
-                for part in found.parts
-            ),
-            ("all", *(f"{count:,}" for count in total), file_size(found.bytes_packed)),
+            *(row(part.name, part, part.bytes) for part in found.parts),
+            row("all", found, found.bytes_packed),
         ],
     )
     rows: list[tuple[str, str]] = [
@@ -85,16 +92,12 @@ def info(
             + f", {found.image_size} px, {found.image_tokens} tokens a picture",
         ),
         ("vocabulary", f"{found.vocabulary:,} tokens"),
+        ("packing", _packing_words(found)),
         ("dtypes", ", ".join(f"{count:,} {dtype}" for dtype, count in found.dtypes.items())),
-        ("bits a weight", f"{found.bits_per_weight:.2f} over all"),
+        ("bits a weight", _bits_words(found)),
         ("on disk", file_size(found.bytes_on_disk)),
         ("robots", ", ".join(found.robots) or "none"),
     ]
-    if found.bits_per_ternary_weight is not None:
-        rows[5] = (
-            "bits a weight",
-            f"{found.bits_per_ternary_weight:.2f} ternary, {found.bits_per_weight:.2f} over all",
-        )
     if found.step is not None:
         rows.append(("trained", f"{found.step:,} steps in run {found.run}"))
     if found.tokens and found.images:
@@ -113,6 +116,30 @@ def info(
         if value not in (None, [], 0)
     ]
     console.table(("", ""), rows)
+
+
+def _show_system(model: Path | None, json: bool) -> None:
+    from bitgen.cli.system import describe_system, system_rows
+
+    if model is not None:
+        raise InputError(f"--system is about this machine, not about a model; got {model}.")
+    if json:
+        console.json(describe_system())
+    else:
+        console.table(("", ""), system_rows())
+
+
+def _packing_words(found: ModelDescription) -> str:
+    ternary = "" if found.packing is None else f"ternary weights at {found.packing} bits, "
+    scales = ", one scale a row" if found.embedding == "int8" else ""
+    return f"{ternary}embedding and lm head in {found.embedding}{scales}"
+
+
+def _bits_words(found: ModelDescription) -> str:
+    ternary = found.bits_per_ternary_weight
+    return ("" if ternary is None else f"{ternary:.2f} ternary, ") + (
+        f"{found.bits_per_weight:.2f} over all"
+    )
 
 
 def _schedule_words(training: Mapping[str, Any]) -> str:
