@@ -96,7 +96,7 @@ def test_activation_quantizer_rounds_half_to_even_and_scales_each_token() -> Non
 
 
 def test_activation_quantizer_rounds_its_scale_twice_as_the_file_format_says() -> None:
-    """Torch divides a number by a tensor in two steps; docs/format.md tells others to do the same."""
+    """Torch divides a number by a tensor in two steps, and docs/format.md tells others so."""
     x = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
     largest = x.abs().amax(dim=-1, keepdim=True).numpy()
     expected = (np.float32(1) / largest) * np.float32(127)
