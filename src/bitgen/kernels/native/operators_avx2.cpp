@@ -1,8 +1,6 @@
 // The float operators for processors with AVX2 and FMA.
 #include "operators_tables.h"
 
-#if defined(__x86_64__) || defined(_M_X64)
-
 #include <immintrin.h>
 #include <math.h>
 #include <string.h>
@@ -83,5 +81,3 @@ const Operators& table() { return kTable; }
 
 }  // namespace avx2_operators
 }  // namespace bitgen
-
-#endif

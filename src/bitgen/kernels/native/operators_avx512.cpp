@@ -1,10 +1,10 @@
 // The float operators for processors with AVX-512 (F, BW, DQ, VL).
 #include "operators_tables.h"
 
-#if defined(__x86_64__) || defined(_M_X64)
-
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC's own header, before version 13
+// The headers of GCC 12 and before read themselves what they do not set.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 #include <immintrin.h>
@@ -84,5 +84,3 @@ const Operators& table() { return kTable; }
 
 }  // namespace avx512_operators
 }  // namespace bitgen
-
-#endif

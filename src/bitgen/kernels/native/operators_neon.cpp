@@ -1,8 +1,6 @@
 // The float operators for 64-bit ARM processors.
 #include "operators_tables.h"
 
-#if defined(__aarch64__) || defined(_M_ARM64)
-
 #include <arm_neon.h>
 #include <math.h>
 #include <string.h>
@@ -79,5 +77,3 @@ const Operators& table() { return kTable; }
 
 }  // namespace neon_operators
 }  // namespace bitgen
-
-#endif
