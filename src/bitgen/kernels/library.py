@@ -74,7 +74,6 @@ class Int8Matrix(ctypes.Structure):
     _fields_ = [
         ("tiles", ctypes.c_void_p),
         ("row_scales", ctypes.c_void_p),
-        ("row_sums", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
     ]
@@ -171,7 +170,6 @@ def _declare(library: ctypes.CDLL) -> None:
             None,
             [ctypes.POINTER(QuantizedRows), ctypes.POINTER(Int8Matrix), pointer, pointer],
         ),
-        "bitgen_int8_row_sums": (None, [pointer, number, number, pointer]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
@@ -322,11 +320,9 @@ def int8_product(
     _check(x_MK, tiles, np.int8, expected, (row_scales is None) == (x_MK.dtype == np.int8))
     library = load()
     x, kept = _quantized(x_MK)
-    row_sums = np.empty(rows, np.int32)
-    library.bitgen_int8_row_sums(tiles.ctypes.data, rows, columns, row_sums.ctypes.data)
     scales = np.ones(rows) if row_scales is None else row_scales
     scales = np.ascontiguousarray(scales, np.float32)
-    matrix = Int8Matrix(tiles.ctypes.data, scales.ctypes.data, row_sums.ctypes.data, rows, columns)
+    matrix = Int8Matrix(tiles.ctypes.data, scales.ctypes.data, rows, columns)
     out = np.empty((x.rows, rows), np.int32 if row_scales is None else np.float32)
     places = (out.ctypes.data, None) if row_scales is None else (None, out.ctypes.data)
     library.bitgen_int8_product(ctypes.byref(x), ctypes.byref(matrix), *places)

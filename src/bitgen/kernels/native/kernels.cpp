@@ -19,6 +19,20 @@ namespace {
 const std::vector<const Kernels*>& usable_kernels() {
   static const std::vector<const Kernels*> usable = [] {
     std::vector<const Kernels*> found;
+    const CpuFeatures& cpu = cpu_features();
+#if defined(BITGEN_HAVE_AVX512)
+    if (cpu.avx512_vnni) found.push_back(&avx512_kernels);
+#endif
+#if defined(BITGEN_HAVE_AVXVNNI)
+    if (cpu.avx_vnni) found.push_back(&avxvnni_kernels);
+#endif
+#if defined(BITGEN_HAVE_AVX2)
+    if (cpu.avx2) found.push_back(&avx2_kernels);
+#endif
+#if defined(BITGEN_HAVE_NEON)
+    if (cpu.neon_dotprod) found.push_back(&neon_kernels);
+#endif
+    static_cast<void>(cpu);
     found.push_back(&portable_kernels);
     return found;
   }();
@@ -123,23 +137,5 @@ BITGEN_API void bitgen_int8_product(const QuantizedRows* x, const Int8Matrix* ma
     const auto [first, last] = worker.share(tiles_of(matrix->rows));
     if (sums != nullptr) table.int8_sums(x, matrix, first, last, sums, matrix->rows);
     else table.int8_product(x, matrix, first, last, products, matrix->rows);
-  });
-}
-
-// row_sums int32 [rows] of an Int8Matrix, from its tiles.
-BITGEN_API void bitgen_int8_row_sums(const int8_t* tiles, int64_t rows, int64_t columns,
-                                     int32_t* row_sums) {
-  const int64_t chunks = round_up(columns, kInt8Inputs) / kInt8Inputs;
-  ThreadPool::instance().run([&](Worker& worker) {
-    const auto [first, last] = worker.share(tiles_of(rows));
-    for (int64_t tile = first; tile < last; ++tile) {
-      const int8_t* weights = tiles + tile * chunks * kChunkBytes;
-      int32_t sums[kTileRows] = {};
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        for (int64_t i = 0; i < kChunkBytes; ++i) sums[i / 4] += weights[chunk * kChunkBytes + i];
-      }
-      const int64_t row = tile * kTileRows;
-      for (int64_t r = 0; r < kTileRows && row + r < rows; ++r) row_sums[row + r] = sums[r];
-    }
   });
 }

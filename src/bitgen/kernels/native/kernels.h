@@ -10,12 +10,18 @@ constexpr int64_t kTileRows = 32;     // rows of a weight matrix that lie in one
 constexpr int64_t kChunkInputs = 16;  // inputs in one chunk of a ternary tile
 constexpr int64_t kChunkBytes = 128;  // 32 rows x 16 inputs x 2 bits
 constexpr int64_t kInt8Inputs = 4;    // inputs in one chunk of an int8 tile, of 128 bytes too
-constexpr int64_t kRowAlignment = 64; // the stride of quantized rows is a multiple of it
+constexpr int64_t kRowAlignment = 64;  // the stride of quantized rows is a multiple of it
 
 inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 inline int64_t tiles_of(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+
+// A stride for quantized rows: an odd multiple of 64, so that the same place of several rows does
+// not fall into the same set of a cache, as it would with rows of 4,096.
+inline int64_t preferred_stride(int64_t columns) {
+  return round_up(columns, kRowAlignment) | kRowAlignment;
+}
 
 // W = scale * (code - 1). tiles: [ceil(rows / 32)][ceil(columns / 16)][128]; byte 4r + b of a chunk
 // holds in its bits 2f, 2f + 1 the code of row r, input 4f + b. Padding has code 1.
@@ -26,11 +32,10 @@ struct TernaryMatrix {
 };
 
 // W = W8 * row_scales[row], W8 in [-127, 127]. tiles: [ceil(rows / 32)][ceil(columns / 4)][32][4],
-// padding is 0. row_sums: the sum of every row of W8 (see bitgen_int8_row_sums).
+// padding is 0.
 struct Int8Matrix {
   const int8_t* tiles;
   const float* row_scales;
-  const int32_t* row_sums;
   int64_t rows, columns;
 };
 
@@ -44,8 +49,8 @@ struct QuantizedRows {
 };
 
 // A call computes the tiles [first_tile, last_tile) for all rows of x. out is [x.rows][out_stride];
-// only columns below the matrix's rows are written. The sums are exact as long as 512 * columns fits
-// int32, that is up to four million columns.
+// only columns below the matrix's rows are written. Ternary sums are exact up to half a million
+// columns (four times 4^3 * 2 * 128 a column must fit int32), int8 sums as long as they fit int32.
 struct Kernels {
   const char* name;
   // Rows [first_row, last_row) of x, whose rows are x_stride floats apart: scale = 127 / max(|x|,
