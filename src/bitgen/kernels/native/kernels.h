@@ -53,8 +53,8 @@ struct QuantizedRows {
 // columns (four times 4^3 * 2 * 128 a column must fit int32), int8 sums as long as they fit int32.
 struct Kernels {
   const char* name;
-  // Rows [first_row, last_row) of x, whose rows are x_stride floats apart: scale = 127 / max(|x|,
-  // 1e-5), values = x * scale rounded half to even. Fills values, padding, scales and sums.
+  // Rows [first_row, last_row) of x, whose rows are x_stride floats apart: scale = 1 / max(|x|,
+  // 1e-5) * 127, values = x * scale rounded half to even. Fills values, padding, scales and sums.
   void (*quantize)(const float* x, int64_t x_stride, int64_t first_row, int64_t last_row,
                    QuantizedRows* out);
   void (*ternary_sums)(const QuantizedRows* x, const TernaryMatrix* matrix, int64_t first_tile,
@@ -67,6 +67,9 @@ struct Kernels {
   // float(sum) * (matrix.row_scale / x.scale)
   void (*int8_product)(const QuantizedRows* x, const Int8Matrix* matrix, int64_t first_tile,
                        int64_t last_tile, float* out, int64_t out_stride);
+  // For measurements: reads memory, and multiplies registers as often as it says.
+  int64_t (*read_bytes)(const uint8_t* data, int64_t bytes);
+  int64_t (*multiply_registers)(const uint8_t* operands, int64_t iterations, int32_t* result);
 };
 
 // The fastest table that this processor and this build have, unless the environment variable
