@@ -4,9 +4,10 @@
                                      -> generate / Generator            <+- prompts
                                      -> forward (logits, states), score_robots
 
-The tensors are those of an exported file, by the same names: ternary layers as `NAME.packed` (tiles,
-see docs/format.md) and `NAME.scale`, the embedding as float32 or as int8 tiles with row scales,
-everything else float32. They are used where they lie and never copied, so that a file can be mapped.
+The tensors are those of an exported file, by the same names: ternary layers as `NAME.packed`
+(tiles, see docs/format.md) and `NAME.scale`, the embedding as float32 or as int8 tiles with row
+scales, everything else float32. They are used where they lie and not copied, so that a file can be
+mapped into memory.
 
 The engine computes what `BitGenModel` computes: the same integers in every ternary product, sums of
 floats in another order. It runs models with ternary weights; pictures only by the `vit` encoder.
