@@ -143,7 +143,9 @@ class BitGen:
             from bitgen.inference.native_backend import open_native
 
             try:
-                found = open_native(Path(path), device, packed, threads)
+                found = open_native(
+                    Path(path), device, packed, threads, asked_for=backend == "native"
+                )
             except NativeUnavailable as error:
                 if backend == "native":
                     raise
