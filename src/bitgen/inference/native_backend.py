@@ -12,7 +12,6 @@ import itertools
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from ctypes.util import find_library
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,9 +118,12 @@ def _check_native(config: BitGenConfig) -> None:
 
 def _torch_has_gpu() -> bool:
     """Whether PyTorch would take CUDA or ROCm. Torch is imported only where there is a driver."""
-    has_driver = any(Path(file).exists() for file in _GPU_FILES) or (
-        sys.platform == "win32" and find_library("nvcuda") is not None
-    )
+    if sys.platform == "win32":
+        from ctypes.util import find_library
+
+        has_driver = find_library("nvcuda") is not None
+    else:
+        has_driver = any(Path(file).exists() for file in _GPU_FILES)
     if not has_driver:
         return False
     import torch

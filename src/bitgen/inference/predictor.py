@@ -461,7 +461,11 @@ class BitGen:
                     f"{why}: this model was loaded for the native engine alone.",
                     remedy="Load it with backend auto or torch.",
                 )
-            self._torch = self._open_torch()
+            import torch
+
+            # Whatever mode the caller is in, the weights are ordinary tensors.
+            with torch.inference_mode(False):
+                self._torch = self._open_torch()
         return self._torch
 
 
