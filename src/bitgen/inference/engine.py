@@ -188,7 +188,9 @@ class Engine:
                 f" {list(pixels_B3HW.shape)}."
             )
         pixels = np.ascontiguousarray(pixels_B3HW)
-        tokens = np.empty((len(pixels), self.num_image_tokens, self.config.hidden_size), np.float32)
+        tokens = np.empty(
+            (len(pixels), self.num_image_tokens, self.config.hidden_size), np.float32
+        )
         self._check(
             self._library.bitgen_engine_encode_images(
                 self._handle, pixels.ctypes.data, len(pixels), tokens.ctypes.data
@@ -348,7 +350,9 @@ class Engine:
         if kind == "packed" and f"{layer}.scale" in tensors:
             tiles = self._keep(tensor, np.uint8)
             scale = float(tensors[f"{layer}.scale"])
-            done = set_ternary(self._handle, layer.encode(), tiles.ctypes.data, tiles.nbytes, scale)
+            done = set_ternary(
+                self._handle, layer.encode(), tiles.ctypes.data, tiles.nbytes, scale
+            )
         elif kind == "tiles" and f"{layer}.row_scales" in tensors:
             tiles = self._keep(tensor, np.int8)
             scales = self._keep(tensors[f"{layer}.row_scales"], np.float32)
@@ -478,7 +482,9 @@ class Generator:
     def _take(self) -> tuple[int, EngineGeneration]:
         found = _Generation()
         tokens = np.empty(self.options.max_tokens, np.int32)
-        self._native.bitgen_generator_take(self._handle, ctypes.byref(found), tokens.ctypes.data)
+        self._native.bitgen_generator_take(
+            self._handle, ctypes.byref(found), tokens.ctypes.data
+        )
         generation = EngineGeneration(
             tokens[: found.num_tokens].tolist(), found.log_probability, bool(found.finished)
         )
