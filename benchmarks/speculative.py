@@ -28,7 +28,8 @@ from bitgen.config import TrainingConfig
 from bitgen.console import console
 from bitgen.dataset.scenes import write_scenes
 from bitgen.errors import InputError
-from bitgen.inference.predictor import BitGen, Caption, picture_pixels
+from bitgen.inference.pipeline import picture_pixels
+from bitgen.inference.predictor import BitGen, Caption
 from bitgen.training.setup import DataSources, prepare_training
 
 MODES = {"plain": False, "speculative": True}

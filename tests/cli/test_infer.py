@@ -17,9 +17,28 @@ from bitgen.dataset.robots import load_catalog
 from bitgen.export.safetensors import load_artifact
 from bitgen.inference.heatmap import group_words
 from bitgen.inference.predictor import BitGen
+from bitgen.kernels import library
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 TASK = "Bring back the red ball."
+
+needs_library = pytest.mark.skipif(
+    not library.is_usable(), reason=f"needs the C++ library: {library.describe().reason}"
+)
+
+# What an exported file must be answered without.
+WITHOUT_TORCH = """
+import sys
+
+class Refuser:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "torchvision", "matplotlib", "transformers", "scipy"}:
+            raise AssertionError(f"{name} was imported")
+
+sys.meta_path.insert(0, Refuser())
+from bitgen.cli.app import main
+main(sys.argv[1:])
+"""
 
 
 @pytest.fixture(scope="session")
@@ -118,6 +137,53 @@ def test_drawing_words_is_repeatable_by_seed(run, trained: Path, pictures: list[
     assert caption(1) != caption(2)
 
 
+@needs_library
+def test_an_exported_file_needs_no_torch(exported: Path, pictures: list[Path]) -> None:
+    """Captions, robots, beams, drawn words and help by the installed command's own start."""
+    for options in (
+        ("--task", TASK, "--json", "--debug"),
+        ("--beam_size", "2", "--prompt", "A"),
+        ("--temperature", "1", "--seed", "3", "--batch_size", "2", "--threads", "1"),
+    ):
+        finished = subprocess.run(
+            [
+                *(sys.executable, "-c", WITHOUT_TORCH, "infer", *map(str, pictures[:3])),
+                *("--model", str(exported), "--max_tokens", "4", *options),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, "PYTHONPATH": str(CHECKOUT / "src"), "OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+        assert finished.returncode == 0, finished.stderr
+        assert len(finished.stdout.splitlines()) >= 3
+        assert ("native engine" in finished.stderr) == ("--debug" in options)
+
+
+def test_backends_answer_alike_and_pytorch_says_why_it_runs(
+    run, exported: Path, trained: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("infer", *pictures, "--json", "--max_tokens", 5, "--model", exported)
+    by_torch = run(*arguments, "--backend", "torch", "--debug", "--threads", 1)
+    assert by_torch.code == 0 and by_torch.stderr == "Runs in PyTorch.\n"
+    default = run(*arguments).json_lines()
+    assert [line["caption"] for line in default] == [
+        line["caption"] for line in by_torch.json_lines()
+    ]
+
+    def missing() -> None:
+        raise library.KernelsError("There is no library.", remedy="Build it.")
+
+    monkeypatch.setattr(library, "load", missing)
+    told = run(*arguments, "--debug")
+    assert (told.code, told.stdout) == (0, by_torch.stdout)
+    assert told.stderr == "Runs in PyTorch: There is no library.\n"
+    refused = run(*arguments, "--backend", "native")
+    assert (refused.code, refused.stdout) == (2, "")
+    assert "There is no library." in refused.stderr and "Build it." in refused.stderr
+
+
 def test_prompt_and_beams(run, trained: Path, pictures: list[Path]) -> None:
     line = run(
         *("infer", pictures[0], "--model", trained, "--json", "--prompt", "A red"),
@@ -194,6 +260,11 @@ def test_pictures_that_cannot_be_read(
         (["{picture}", "--top_p", "2"], "top_p"),
         (["{picture}", "--max_tokens", "0"], "max_tokens"),
         (["{picture}", "--device", "abacus"], "abacus"),
+        (["{picture}", "--backend", "loom"], "loom"),
+        (["{picture}", "--threads", "0"], "threads must be"),
+        (["{picture}", "--backend", "native", "--device", "cuda"], "native engine"),
+        (["{picture}", "--backend", "native", "--attention_window", "9"], "native engine"),
+        (["{picture}", "--backend", "native", "--heatmap", "maps"], "--heatmap"),
     ],
 )
 def test_requests_that_cannot_be(
@@ -287,6 +358,27 @@ def test_export_report_and_output_that_exists(run, trained: Path, tmp_path: Path
     assert output.read_bytes() == before
     assert run("export", "--model", trained, "--output", output, "--overwrite").code == 0
     assert run("export", "--model", trained, "--output", output, "--format", "onnx").code == 2
+
+
+def test_files_packed_in_other_ways_are_described_and_run(
+    run, trained: Path, exported: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    plain = run("infer", pictures[0], "--model", exported, "--json").json()
+    small, smallest = tmp_path / "1.6.safetensors", tmp_path / "int8.safetensors"
+    export = ("export", "--model", trained, "--pack", "1.6", "--output")
+    assert "1.6 bits each" in run(*export, small).stdout
+    assert run("infer", pictures[0], "--model", small, "--json").json() == plain
+    report = run(*export, smallest, "--embedding", "int8", "--json").json()
+    assert (report["packing"], report["embedding"]) == ("1.6", "int8")
+    assert exported.stat().st_size > small.stat().st_size > smallest.stat().st_size
+    assert run("infer", pictures[0], "--model", smallest).code == 0
+    table, info = run("info", smallest), run("info", smallest, "--json").json()
+    assert "ternary weights at 1.6 bits, embedding and lm head in int8" in table.stdout
+    assert (info["packing"], info["embedding"]) == ("1.6", "int8")
+    assert info["bits_per_ternary_weight"] < 1.61
+    for wrong in (("--pack", "4"), ("--embedding", "int4")):
+        refused = run("export", "--model", trained, "--output", tmp_path / "no", *wrong)
+        assert refused.code == 2 and wrong[1] in refused.stderr
 
 
 def test_info_of_run_and_file(run, trained: Path, exported: Path) -> None:
@@ -405,6 +497,7 @@ def test_speculative_decoding_says_the_same_and_says_what_it_saved(
 ) -> None:
     heads, dropped = make_run("heads", predict_tokens=4), tmp_path / "dropped.safetensors"
     infer = ("infer", *pictures[:2], "--model", heads, "--json", "--max_tokens", 12)
+    infer = (*infer, "--backend", "torch")
     plain = run(*infer, "--no_speculative").json_lines()
     for finished in (run(*infer), run(*infer, "--speculative")):
         for line, other in zip(finished.json_lines(), plain, strict=True):

@@ -125,7 +125,7 @@ class DecodingGraphs:
         Raises:
             ConfigError: the model is not on a CUDA device, or has experts.
         """
-        device = model.text_decoder.embed_tokens.weight.device
+        device = next(model.parameters()).device
         if record is None and device.type != "cuda":
             raise ConfigError(
                 f"CUDA graphs need a CUDA device; the model is on {device}.",
