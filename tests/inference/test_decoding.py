@@ -8,10 +8,12 @@ CUDA graph does. What depends on the host would be seen to stand still.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -20,6 +22,7 @@ from bitgen.errors import BitGenError, ConfigError, InputError
 from bitgen.inference import decoding
 from bitgen.inference.decoding import DecodingGraphs, Step
 from bitgen.inference.generate import Generation, generate
+from bitgen.inference.predictor import BitGen
 from bitgen.model.bitgen import BitGenModel
 from bitgen.model.cache import AttentionCache
 from bitgen.model.masks import AttentionMask
@@ -222,6 +225,13 @@ def test_what_cannot_be_recorded_is_refused() -> None:
         run(model, graphs=graphs, speculative=True)
     with pytest.raises(ValueError, match="another model"):
         run(toy_model(), graphs=graphs)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA device it is no error")
+def test_captions_by_cuda_graphs_need_a_gpu(make_run: Callable[..., Path]) -> None:
+    model = BitGen.load(make_run(), device="cpu")
+    with pytest.raises(ConfigError, match="the model is on cpu"):
+        model.caption(Image.new("RGB", (32, 32)), cuda_graphs=True)
 
 
 # The cache --------------------------------------------------------------------------------------

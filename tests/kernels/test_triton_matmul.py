@@ -188,7 +188,7 @@ def test_in_the_interpreter() -> None:
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get(INTERPRETER) == "1", reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 120])
 def test_kernels_compile_for_gpus_that_are_not_here(capability: int) -> None:
     """To machine code, by the assembler that Triton brings; products by int8 tensor cores."""
     import triton
