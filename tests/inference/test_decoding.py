@@ -7,6 +7,7 @@ CUDA graph does. What depends on the host would be seen to stand still.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,25 @@ class _Tape(TorchDispatchMode):
         return result
 
 
+@functools.cache
+def can_write_down() -> bool:
+    """Whether this torch shows operations in inference mode (2.2 does not)."""
+    try:
+        with torch.inference_mode(), _Tape():
+            torch.arange(3) / 2
+    except RuntimeError:
+        return False
+    return True
+
+
 def tape(step: Step) -> Step:
-    """A recorder for the CPU: repeats the operations of one call, Python has no part in it."""
-    step()  # what is allocated and asked only once
+    """A recorder for the CPU: repeats the operations of one call, Python has no part in it.
+
+    Where torch cannot show them, the step is called again, and only its memory stays the same.
+    """
+    output = step()  # what is allocated and asked only once
+    if not can_write_down():
+        return lambda: output.copy_(step())
     with _Tape() as recorded:
         output = step()
 
@@ -320,7 +337,8 @@ class _HostTraffic(TorchDispatchMode):
 @pytest.mark.parametrize("changes", [{"quantization": "none"}, {}, {"attention_mode": "causal"}])
 def test_a_step_on_a_gpu_neither_waits_nor_depends_on_the_host(changes: dict[str, Any]) -> None:
     """By tensors without data that say they are on a GPU: whatever asks for their values fails."""
-    pytest.importorskip("torch._subclasses.fake_tensor")
+    if not can_write_down():
+        pytest.skip("this torch does not show operations in inference mode")
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(), torch.inference_mode():

@@ -6,7 +6,7 @@ in an ordinary run without a GPU, and one test runs this file again with the int
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
@@ -28,7 +28,7 @@ INTERPRETER = "TRITON_INTERPRET"
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 
 needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs Triton, which is not installed"
+    gpu.triton_release() < 3, reason="needs Triton 3 or later, which is not installed"
 )
 
 
@@ -192,13 +192,14 @@ def test_in_the_interpreter() -> None:
 def test_kernels_compile_for_gpus_that_are_not_here(capability: int) -> None:
     """To machine code, by the assembler that Triton brings; products by int8 tensor cores."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
         pytest.skip(f"written for Triton 3.4 and later; this is {triton.__version__}")
     if os.uname().machine not in ("x86_64", "aarch64"):
         pytest.skip("Triton's assembler is for Linux")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     target, module = GPUTarget("cuda", capability, 32), kernels()
 
     def compiled(kernel: Any, signature: dict[str, str], constants: dict[str, Any], **options: Any):
@@ -246,7 +247,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     gpu._checked_kernels.cache_clear()
     monkeypatch.delenv(gpu.SWITCH, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(gpu, "triton_release", lambda: 3)
     yield torch.device("cuda", 7)
     gpu._checked_kernels.cache_clear()
 
@@ -296,7 +297,7 @@ def test_what_keeps_triton_from_being_tried(
     assert gpu.gpu_kernels(unchecked) is None
     assert "compute capability 8.0" in gpu.describe_gpu_kernels(unchecked)
     gpu._checked_kernels.cache_clear()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu, "triton_release", lambda: 2)
     assert "not installed" in gpu.describe_gpu_kernels(unchecked)
     gpu._checked_kernels.cache_clear()
     monkeypatch.setenv(gpu.SWITCH, "0")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
+import importlib.metadata
 import os
 import warnings
 from types import ModuleType
@@ -15,6 +15,15 @@ SWITCH = "BITGEN_TRITON"
 """Variable that turns the kernels off where it is 0."""
 
 _OLDEST_CAPABILITY = (8, 0)  # int8 tensor cores as Triton uses them
+_OLDEST_TRITON = 3  # the first to join tensors
+
+
+def triton_release() -> int:
+    """Major release of the installed Triton; 0 = there is none."""
+    try:
+        return int(importlib.metadata.version("triton").partition(".")[0])
+    except importlib.metadata.PackageNotFoundError:
+        return 0
 
 
 def gpu_kernels(device: torch.device) -> ModuleType | None:
@@ -65,8 +74,8 @@ def _obstacle(device: torch.device) -> str:
     """Why it is not even tried; empty if it is."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH} is 0"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
+    if triton_release() < _OLDEST_TRITON:
+        return f"Triton {_OLDEST_TRITON} or later is not installed"
     if torch.version.hip is not None:
         return "AMD GPUs are not supported"
     if torch.cuda.get_device_capability(device) < _OLDEST_CAPABILITY:
