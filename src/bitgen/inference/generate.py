@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 
 from bitgen.inference.answers import Generation, Speculation
+from bitgen.inference.decoding import Decoder, DecodingGraphs, EagerDecoder
 from bitgen.inference.options import (
     TEXT_SINKS,
     check_future_heads,
@@ -57,6 +58,7 @@ def generate(
     vocab_size: int | None = None,
     attention_window: int = 0,
     speculative: bool | None = None,
+    graphs: DecodingGraphs | None = None,
 ) -> list[Generation]:
     """Continue each prompt until the end of text or `max_tokens`.
 
@@ -83,6 +85,8 @@ def generate(
         speculative: draft further tokens by the model's future token heads and check them in one
             call (see `_generate_speculatively`): the same greedy tokens, sooner. None does so where
             it can be done and the batch is small.
+        graphs: read token after token by recorded steps of this model (CUDA graphs), which are kept
+            there for later calls; None calls the model. The same answers up to rounding.
 
     Returns:
         One `Generation` a row, in order.
@@ -91,6 +95,7 @@ def generate(
         InputError: an option out of range, options that exclude each other, prompt and
             `max_tokens` that do not fit the model's positions, a bidirectional model, or
             `speculative` with a model without future token heads.
+        BitGenError: a recorded step answers otherwise than the model.
     """
     check_writes(model.config)
     check_options(
@@ -102,10 +107,11 @@ def generate(
         top_p=top_p,
         attention_window=attention_window,
         speculative=speculative,
+        cuda_graphs=graphs is not None,
     )
     check_future_heads(model.config, speculative)
     if speculative is None:
-        is_greedy = beam_size == 1 and temperature == 0 and not attention_window
+        is_greedy = beam_size == 1 and temperature == 0 and not attention_window and graphs is None
         is_small = len(prompt_ids) <= _MOST_ROWS_BY_DEFAULT
         speculative = is_greedy and is_small and len(model.future_heads) > 0
     if not prompt_ids:
@@ -120,6 +126,8 @@ def generate(
     )
     if images is not None and len(images) != len(prompt_ids):
         raise ValueError(f"{len(images)} images, but {len(prompt_ids)} prompts.")
+    if graphs is not None and graphs.model is not model:
+        raise ValueError("The recorded steps are those of another model.")
     if generators is not None and len(generators) != len(prompt_ids):
         raise ValueError(f"{len(generators)} generators, but {len(prompt_ids)} prompts.")
 
@@ -127,14 +135,27 @@ def generate(
     model.eval()
     try:
         never_V = _never_mask(model, never_ids, vocab_size)
-        read, cache = _read_prompts(model, images, prompt_ids, max_tokens, attention_window)
+        # A recorded step has a cache of its own: the prompts' one needs no room for more.
+        later_tokens = max_tokens - 1
+        room = 0 if graphs is not None else later_tokens
+        read, cache = _read_prompts(model, images, prompt_ids, room, attention_window)
         if speculative:
             assert isinstance(cache, StaticCache)
             return _generate_speculatively(model, read, cache, never_V, eos_id, max_tokens)
         logits_BV = read.logits[:, -1].float()
+        # From here on each row is beam_size rows of the cache.
+        row_N = torch.arange(len(prompt_ids), device=never_V.device).repeat_interleave(beam_size)
+        decoder: Decoder
+        if graphs is not None and later_tokens:
+            assert isinstance(cache, StaticCache)
+            decoder = graphs.decoder(cache, row_N, cache.length + later_tokens)
+        else:
+            decoder = EagerDecoder(model, cache)
+            if beam_size > 1:
+                decoder.reorder(row_N)
         if beam_size > 1:
             return _beam_search(
-                model, logits_BV, cache, never_V, eos_id, max_tokens, beam_size, length_penalty
+                decoder, logits_BV, never_V, eos_id, max_tokens, beam_size, length_penalty
             )
         if temperature > 0:
             sampler = _Sampler(
@@ -142,7 +163,7 @@ def generate(
             )
         else:
             sampler = None
-        return _generate_one_by_one(model, logits_BV, cache, never_V, eos_id, max_tokens, sampler)
+        return _generate_one_by_one(decoder, logits_BV, never_V, eos_id, max_tokens, sampler)
     finally:
         model.train(was_training)
 
@@ -162,10 +183,13 @@ def _read_prompts(
     model: BitGenModel,
     images: torch.Tensor | None,
     prompt_ids: Sequence[Sequence[int]],
-    max_tokens: int,
+    room: int,
     attention_window: int,
 ) -> tuple[BitGenOutput, AttentionCache]:
-    """Run pictures and prompts through the model; the last column is each row's last token."""
+    """Run pictures and prompts through the model; the last column is each row's last token.
+
+    A cache that keeps every token has room for `room` more.
+    """
     device = next(model.parameters()).device
     rows, longest = len(prompt_ids), max(len(ids) for ids in prompt_ids)
     input_ids_BL = torch.zeros(rows, longest, dtype=torch.int64)
@@ -182,22 +206,16 @@ def _read_prompts(
     if attention_window:
         cache = model.new_sliding_window_cache(rows, attention_window, image_tokens + TEXT_SINKS)
     else:
-        cache = model.new_cache(rows, image_tokens + longest + max_tokens - 1)
+        cache = model.new_cache(rows, image_tokens + longest + room)
     output = model(
         input_ids_BL.to(device), images=images, attention_mask=mask, attention_cache=cache
     )
     return output, cache
 
 
-def _read_tokens(model: BitGenModel, tokens_B: torch.Tensor, cache: AttentionCache) -> torch.Tensor:
-    """Run one more token a row through the model: logits of the next one, float32 `[B, V]`."""
-    return model(tokens_B.unsqueeze(1), attention_cache=cache).logits[:, -1].float()
-
-
 def _generate_one_by_one(
-    model: BitGenModel,
+    decoder: Decoder,
     logits_BV: torch.Tensor,
-    cache: AttentionCache,
     never_V: torch.Tensor,
     eos_id: int,
     max_tokens: int,
@@ -210,7 +228,7 @@ def _generate_one_by_one(
     finished_B = torch.zeros(rows, dtype=torch.bool, device=device)
     for step in range(max_tokens):
         if step > 0:
-            logits_BV = _read_tokens(model, tokens_BT[:, step - 1], cache)
+            logits_BV = decoder.read(tokens_BT[:, step - 1])
         allowed_BV = logits_BV.masked_fill(never_V, -torch.inf)
         chosen_B = sampler(allowed_BV, step) if sampler else allowed_BV.argmax(dim=-1)
         chosen_B = chosen_B.masked_fill(finished_B, eos_id)
@@ -422,9 +440,8 @@ class _Sampler:
 
 
 def _beam_search(
-    model: BitGenModel,
+    decoder: Decoder,
     logits_BV: torch.Tensor,
-    cache: AttentionCache,
     never_V: torch.Tensor,
     eos_id: int,
     max_tokens: int,
@@ -442,8 +459,6 @@ def _beam_search(
     rows, vocab_size, device = len(logits_BV), logits_BV.shape[1], logits_BV.device
     row_B = torch.arange(rows, device=device)
     in_place_N = torch.arange(rows * beam_size, device=device)
-    # The prompt was read once a row; from here on each row is beam_size rows of the cache.
-    cache.reorder(row_B.repeat_interleave(beam_size))
     logits_BKV = logits_BV.unsqueeze(1).expand(-1, beam_size, -1)
 
     # All hypotheses start equal, so only the first one counts at the first step.
@@ -453,7 +468,7 @@ def _beam_search(
     best = _BestHypotheses(rows, max_tokens, eos_id, length_penalty, device)
     for step in range(max_tokens):
         if step > 0:
-            logits_NV = _read_tokens(model, tokens_BKT[:, :, step - 1].flatten(), cache)
+            logits_NV = decoder.read(tokens_BKT[:, :, step - 1].flatten())
             logits_BKV = logits_NV.view(rows, beam_size, vocab_size)
         candidate_BKV = torch.log_softmax(logits_BKV, dim=-1).masked_fill(never_V, -torch.inf)
         candidate_BKV = candidate_BKV + sum_BK.unsqueeze(2)
@@ -485,7 +500,7 @@ def _beam_search(
             break
         origin_N = (row_B.unsqueeze(1) * beam_size + parent_BK).flatten()
         if not torch.equal(origin_N, in_place_N):  # a copy of the whole cache otherwise
-            cache.reorder(origin_N)
+            decoder.reorder(origin_N)
     return best.generations()
 
 

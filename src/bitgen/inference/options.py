@@ -37,6 +37,7 @@ class CaptionOptions:
     length_penalty: float = 1.0
     attention_window: int = 0
     speculative: bool | None = None
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         check_batch_size(self.batch_size)
@@ -49,6 +50,7 @@ class CaptionOptions:
             top_p=self.top_p,
             attention_window=self.attention_window,
             speculative=self.speculative,
+            cuda_graphs=self.cuda_graphs,
         )
         if self.seed is not None:
             check_seed(self.seed)
@@ -76,6 +78,7 @@ def check_options(
     top_p: float,
     attention_window: int = 0,
     speculative: bool | None = None,
+    cuda_graphs: bool = False,
 ) -> None:
     """Raise InputError for generation options out of range or excluding each other."""
     if max_tokens < 1:
@@ -104,6 +107,12 @@ def check_options(
         raise InputError(
             "Speculative decoding is greedy, over the whole text: it takes no beams, temperature or"
             " attention window.",
+            remedy="Leave either out.",
+        )
+    if cuda_graphs and (speculative or attention_window):
+        raise InputError(
+            "A CUDA graph reads one token a row over the whole text: it takes no speculative"
+            " decoding or attention window.",
             remedy="Leave either out.",
         )
 

@@ -217,6 +217,7 @@ class BitGen:
         length_penalty: float = 1.0,
         attention_window: int = 0,
         speculative: bool | None = None,
+        cuda_graphs: bool = False,
     ) -> list[Caption]:
         """Say what pictures show.
 
@@ -238,13 +239,16 @@ class BitGen:
             speculative: draft by the future token heads: the same greedy captions, sooner than by
                 PyTorch without drafts. None leaves it to the backend: PyTorch drafts for up to four
                 pictures at a time, the native engine is faster without.
+            cuda_graphs: on a CUDA device, read token after token by a recorded step: the same
+                captions up to rounding. Experimental: see docs/gpu.md.
 
         Returns:
             One `Caption` a picture, in order.
 
         Raises:
-            InputError: no picture, options out of range, a prompt that is too long, or
-                `speculative` with a model that has no future token heads.
+            InputError: no picture, options out of range, a prompt that is too long,
+                `speculative` with a model that has no future token heads, or `cuda_graphs` without
+                a CUDA device or with a model that has experts.
             ImageError: a file that is not a picture.
         """
         options = CaptionOptions(
@@ -258,6 +262,7 @@ class BitGen:
             length_penalty=length_penalty,
             attention_window=attention_window,
             speculative=speculative,
+            cuda_graphs=cuda_graphs,
         )
         pictures = [images] if isinstance(images, Picture) else list(images)
         if not pictures:
@@ -452,6 +457,8 @@ class BitGen:
             return self._torch_backend("The native engine has no attention window")
         if options.speculative:
             return self._torch_backend("The native engine does not draft by future token heads")
+        if options.cuda_graphs:
+            return self._torch_backend("The native engine uses no GPU")
         return self._native
 
     def _torch_backend(self, why: str) -> TorchBackend:

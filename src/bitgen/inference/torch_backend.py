@@ -12,6 +12,7 @@ from bitgen.dataset.collate import pad_rows
 from bitgen.dataset.images import normalize_images
 from bitgen.inference.answers import Generation
 from bitgen.inference.backend import Reply, Request, RobotTexts, TaskRequest
+from bitgen.inference.decoding import DecodingGraphs
 from bitgen.inference.generate import generate
 from bitgen.inference.options import CaptionOptions, Vocabulary
 from bitgen.model.bitgen import BitGenModel
@@ -32,6 +33,7 @@ class TorchBackend:
         self.model = model.to(self.device).eval()
         self.num_image_tokens = model.num_image_tokens
         self._robots_in_model: RobotTexts | None = None
+        self._graphs: DecodingGraphs | None = None
 
     def replies(
         self,
@@ -76,7 +78,13 @@ class TorchBackend:
             vocab_size=vocabulary.size,
             attention_window=options.attention_window,
             speculative=options.speculative,
+            graphs=self._decoding_graphs() if options.cuda_graphs else None,
         )
+
+    def _decoding_graphs(self) -> DecodingGraphs:
+        if self._graphs is None:
+            self._graphs = DecodingGraphs(self.model)
+        return self._graphs
 
     @torch.inference_mode()
     def robot_probabilities(
