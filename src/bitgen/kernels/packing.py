@@ -1,50 +1,43 @@
-"""Two bits a ternary weight, four weights a byte.
-
-Byte `j` of a row holds the weights `4j .. 4j+3`, the first in the lowest two bits, each stored as
-`T + 1` (0, 1, 2). Rows whose width is not a multiple of four end in weights that stand for zero.
-"""
+"""`bitgen.kernels.tiles` for torch's tensors."""
 
 from __future__ import annotations
 
 import torch
 
-WEIGHTS_PER_BYTE = 4
-
-
-def packed_width(width: int) -> int:
-    """Bytes that one row of `width` ternary weights takes."""
-    return -(-width // WEIGHTS_PER_BYTE)
+from bitgen.kernels.tiles import pack_int8_tiles, pack_tiles, unpack_int8_tiles, unpack_tiles
 
 
 def pack_ternary(ternary_NK: torch.Tensor) -> torch.Tensor:
-    """Pack int8 `[N, K]` in {-1, 0, 1} into uint8 `[N, ceil(K / 4)]`.
+    """Pack int8 `[N, K]` in {-1, 0, 1} into tiles, uint8 `[ceil(N / 32), ceil(K / 16), 128]`.
 
     Raises:
         ValueError: a value other than -1, 0, 1, or not two dimensions.
     """
-    if ternary_NK.dim() != 2:
-        raise ValueError(f"Expected a matrix [N, K], got shape {tuple(ternary_NK.shape)}.")
-    if ternary_NK.numel() and (ternary_NK.min() < -1 or ternary_NK.max() > 1):
-        raise ValueError("Ternary weights are -1, 0 and 1; got values outside.")
-    rows, width = ternary_NK.shape
-    codes = torch.ones(
-        rows, packed_width(width) * WEIGHTS_PER_BYTE, dtype=torch.uint8, device=ternary_NK.device
-    )
-    codes[:, :width] = (ternary_NK + 1).to(torch.uint8)
-    codes = codes.view(rows, -1, WEIGHTS_PER_BYTE)
-    return codes[..., 0] | codes[..., 1] << 2 | codes[..., 2] << 4 | codes[..., 3] << 6
+    return torch.from_numpy(pack_tiles(ternary_NK.cpu().numpy())).to(ternary_NK.device)
 
 
-def unpack_ternary(packed: torch.Tensor, width: int) -> torch.Tensor:
-    """Unpack uint8 `[N, ceil(K / 4)]` into int8 `[N, K]`, the inverse of `pack_ternary`.
+def unpack_ternary(tiles: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Unpack tiles into int8 `[rows, columns]`, the inverse of `pack_ternary`.
 
     Raises:
-        ValueError: the bytes do not fit `width`.
+        ValueError: the bytes do not fit the size.
     """
-    if packed.dtype != torch.uint8 or packed.dim() != 2 or packed.shape[1] != packed_width(width):
-        raise ValueError(
-            f"Expected uint8 [N, {packed_width(width)}] for {width} weights a row,"
-            f" got {packed.dtype} {tuple(packed.shape)}."
-        )
-    codes = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1)
-    return codes.view(packed.shape[0], -1)[:, :width].to(torch.int8) - 1
+    return torch.from_numpy(unpack_tiles(tiles.cpu().numpy(), rows, columns)).to(tiles.device)
+
+
+def pack_int8(matrix_NK: torch.Tensor) -> torch.Tensor:
+    """Arrange int8 `[N, K]` in tiles, int8 `[ceil(N / 32), ceil(K / 4), 32, 4]`.
+
+    Raises:
+        ValueError: not two dimensions.
+    """
+    return torch.from_numpy(pack_int8_tiles(matrix_NK.cpu().numpy())).to(matrix_NK.device)
+
+
+def unpack_int8(tiles: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Take int8 `[rows, columns]` from its tiles, the inverse of `pack_int8`.
+
+    Raises:
+        ValueError: the numbers do not fit the size.
+    """
+    return torch.from_numpy(unpack_int8_tiles(tiles.cpu().numpy(), rows, columns)).to(tiles.device)

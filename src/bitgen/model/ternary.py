@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from bitgen.kernels.matmul import ternary_matmul, without_autocast
-from bitgen.kernels.packing import pack_ternary, packed_width, unpack_ternary
+from bitgen.kernels.packing import pack_ternary, unpack_ternary
 from bitgen.kernels.quantize import quantize_activation, quantize_weight
+from bitgen.kernels.tiles import tile_shape
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -100,6 +101,11 @@ class TernaryLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.normal_(self.weight, std=1 / math.sqrt(in_features))
 
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes that `PackedTernaryLinear` takes for this layer: tiles and scale."""
+        return math.prod(tile_shape(self.out_features, self.in_features)) + 4
+
     def ternary(self) -> torch.Tensor:
         """The weights `T` as they are now, int8 `[N, K]`."""
         return quantize_weight(self.weight.detach())[0]
@@ -114,8 +120,9 @@ class TernaryLinear(nn.Module):
 class PackedTernaryLinear(nn.Module):
     """The run-time form of `TernaryLinear`: weights packed at 2 bits, no gradient.
 
-    Buffers: `packed` uint8 `[N, ceil(K / 4)]`, `scale` float32 `[]`; both are what an artifact
-    stores. The weights are unpacked to int8 once, at the first call.
+    Buffers: `packed`, tiles uint8 `[ceil(N / 32), ceil(K / 16), 128]` (see `bitgen.kernels.tiles`),
+    and `scale` float32 `[]`; both are what an artifact stores. The weights are unpacked to int8
+    once, at the first call.
     """
 
     packed: torch.Tensor
@@ -124,8 +131,8 @@ class PackedTernaryLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        packed_shape = (out_features, packed_width(in_features))
-        self.register_buffer("packed", torch.zeros(packed_shape, dtype=torch.uint8))
+        shape = tile_shape(out_features, in_features)
+        self.register_buffer("packed", torch.zeros(shape, dtype=torch.uint8))
         self.register_buffer("scale", torch.ones(()))
         self._ternary_NK: torch.Tensor | None = None
 
@@ -140,7 +147,7 @@ class PackedTernaryLinear(nn.Module):
 
     def ternary(self) -> torch.Tensor:
         """The weights `T`, int8 `[N, K]`."""
-        return unpack_ternary(self.packed, self.in_features)
+        return unpack_ternary(self.packed, self.out_features, self.in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.multiply(*quantize_activation(x)).to(x.dtype)

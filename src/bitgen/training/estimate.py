@@ -76,7 +76,7 @@ def part_sizes(model: BitGenModel) -> tuple[PartSize, ...]:
         if part is not embedding:
             tensors.pop(id(embedding.weight), None)
         ternary = sum(layer.weight.numel() for layer in layers)
-        packed = sum(layer.out_features * -(-layer.in_features // 4) + 4 for layer in layers)
+        packed = sum(layer.packed_bytes for layer in layers)
         stored = sum(tensor.nbytes for tensor in tensors.values())
         in_floats = sum(p.numel() for p in part.parameters() if id(p) in tensors) - ternary
         sizes.append(PartSize(name, ternary, in_floats, stored - 4 * ternary + packed))
