@@ -18,7 +18,7 @@ ALLOWED = {
     "dataset": {"errors", "config", "model"},
     "checkpoint": {"errors", "config", "model", "dataset"},
     "training": {"errors", "config", "model", "dataset", "checkpoint"},
-    "export": {"errors", "config", "model", "dataset", "checkpoint", "__init__"},
+    "export": {"errors", "config", "kernels", "model", "dataset", "checkpoint", "__init__"},
     "inference": {"errors", "config", "model", "dataset", "checkpoint", "export"},
     "console": {"errors"},
     "__init__": {"config", "model", "inference"},

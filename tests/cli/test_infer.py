@@ -289,6 +289,27 @@ def test_export_report_and_output_that_exists(run, trained: Path, tmp_path: Path
     assert run("export", "--model", trained, "--output", output, "--format", "onnx").code == 2
 
 
+def test_files_packed_in_other_ways_are_described_and_run(
+    run, trained: Path, exported: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    plain = run("infer", pictures[0], "--model", exported, "--json").json()
+    small, smallest = tmp_path / "1.6.safetensors", tmp_path / "int8.safetensors"
+    export = ("export", "--model", trained, "--pack", "1.6", "--output")
+    assert "1.6 bits each" in run(*export, small).stdout
+    assert run("infer", pictures[0], "--model", small, "--json").json() == plain
+    report = run(*export, smallest, "--embedding", "int8", "--json").json()
+    assert (report["packing"], report["embedding"]) == ("1.6", "int8")
+    assert exported.stat().st_size > small.stat().st_size > smallest.stat().st_size
+    assert run("infer", pictures[0], "--model", smallest).code == 0
+    table, info = run("info", smallest), run("info", smallest, "--json").json()
+    assert "ternary weights at 1.6 bits, embedding and lm head in int8" in table.stdout
+    assert (info["packing"], info["embedding"]) == ("1.6", "int8")
+    assert info["bits_per_ternary_weight"] < 1.61
+    for wrong in (("--pack", "4"), ("--embedding", "int4")):
+        refused = run("export", "--model", trained, "--output", tmp_path / "no", *wrong)
+        assert refused.code == 2 and wrong[1] in refused.stderr
+
+
 def test_info_of_run_and_file(run, trained: Path, exported: Path) -> None:
     of_run, of_file = (run("info", path, "--json").json() for path in (trained, exported))
     assert (of_run["kind"], of_file["kind"]) == ("run", "artifact")

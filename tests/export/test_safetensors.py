@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import struct
 import sys
 from collections.abc import Callable
@@ -19,12 +20,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bitgen.errors import DiskFullError, InputError, ModelFileError, OutputExistsError
-from bitgen.export import safetensors as artifact_module
+from bitgen.export import artifact as artifact_module
+from bitgen.export.artifact import read_header
 from bitgen.export.loaded import load_run
-from bitgen.export.safetensors import export_safetensors, load_artifact, read_header
+from bitgen.export.safetensors import export_safetensors, load_artifact
 from bitgen.inference.predictor import BitGen
 from bitgen.kernels.packing import unpack_ternary
 from bitgen.kernels.quantize import quantize_weight
+from bitgen.kernels.tiles import tile_shape
 from bitgen.model.ternary import TernaryLinear
 
 MakeRun = Callable[..., Path]
@@ -68,7 +71,7 @@ def test_tensors_are_the_trained_ones_quantized(
             ternary_NK, scale = quantize_weight(layer.weight.detach())
             packed = tensors.pop(f"{name}.packed")
             assert packed.dtype == torch.uint8
-            assert torch.equal(unpack_ternary(packed, layer.in_features), ternary_NK)
+            assert torch.equal(unpack_ternary(packed, *ternary_NK.shape), ternary_NK)
             assert torch.equal(tensors.pop(f"{name}.scale"), scale)
             ternary_weights += ternary_NK.numel()
     state = trained.state_dict()
@@ -84,10 +87,28 @@ def test_the_report_adds_up(make_run: MakeRun, tmp_path: Path) -> None:
     assert report.bytes == output.stat().st_size
     assert report.bytes == report.ternary_bytes + report.float_bytes + report.metadata_bytes
     assert report.metadata_bytes == read_header(output).header_bytes
-    # Each width here is a multiple of four: two bits a weight, none lost.
-    assert report.ternary_bytes == report.ternary_weights // 4
+    sizes = read_header(output).matrices.values()
+    assert report.ternary_weights == sum(n * k for n, k in sizes)
+    assert report.ternary_bytes == sum(math.prod(tile_shape(n, k)) for n, k in sizes)
     assert report.float_bytes == 4 * report.float_weights
-    assert report.quantization == "ternary"
+    assert (report.quantization, report.packing, report.embedding) == ("ternary", "2", "float32")
+    assert (report.int8_weights, report.int8_bytes) == (0, 0)
+
+
+def test_widths_of_whole_tiles_take_two_bits_a_weight_or_eight_fifths(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    widths = {"hidden_size": 256, "head_dim": 64, "num_heads": 4, "intermediate_size": 512}
+    encoder = {"encoder_hidden_size": 256, "encoder_intermediate_size": 512}
+    run_dir = make_run(**widths, **encoder)
+    two = export_safetensors(run_dir, tmp_path / "2.safetensors")
+    fewer = export_safetensors(run_dir, tmp_path / "1.6.safetensors", packing="1.6")
+    assert two.ternary_bytes == two.ternary_weights // 4
+    matrices = read_header(tmp_path / "1.6.safetensors").matrices.values()
+    assert fewer.ternary_bytes == sum(4 * -(-(n * k // 4) // 5) for n, k in matrices)
+    assert fewer.ternary_bytes == pytest.approx(fewer.ternary_weights / 5, rel=1e-3)
+    assert fewer.packing == "1.6" and fewer.ternary_weights == two.ternary_weights
+    assert fewer.float_bytes == two.float_bytes
 
 
 def test_the_file_is_a_fraction_of_the_checkpoint_at_a_real_size(
@@ -102,8 +123,9 @@ def test_the_file_is_a_fraction_of_the_checkpoint_at_a_real_size(
 
 def test_metadata_is_documented_strings_without_private_folders(artifact: Path) -> None:
     metadata = metadata_of(artifact)
-    assert set(metadata) == {"format", "format_version", "config", "tokenizer", "robots", "info"}
-    assert (metadata["format"], metadata["format_version"]) == ("bitgen", "1")
+    texts = {"config", "tokenizer", "robots", "info", "matrices"}
+    assert set(metadata) == {"format", "format_version", *texts}
+    assert (metadata["format"], metadata["format_version"]) == ("bitgen", "2")
     assert json.loads(metadata["config"])["hidden_size"] == 32
     assert json.loads(metadata["robots"])[0]["name"]
     info = json.loads(metadata["info"])
@@ -164,6 +186,79 @@ def test_future_heads_are_kept_or_left_out_with_the_same_answers(
     assert plain == same
 
 
+@pytest.mark.parametrize("changes", [{}, EXPERTS, {"predict_tokens": 3}], ids=str)
+def test_every_way_to_pack_keeps_its_answers(
+    make_run: MakeRun, tmp_path: Path, changes: dict[str, int]
+) -> None:
+    """1.6 bits change nothing; an int8 embedding is that of `quantize_embedding`."""
+    run_dir = make_run(**changes)
+    ids_BL = torch.tensor([[1, 70, 80], [1, 90, 100]])
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for embedding in ("float32", "int8"):
+        expected = load_run(run_dir).model
+        if embedding == "int8":
+            expected.text_decoder.quantize_embedding()
+        logits = []
+        for packing in ("2", "1.6"):
+            output = tmp_path / f"{packing}-{embedding}.safetensors"
+            report = export_safetensors(run_dir, output, packing=packing, embedding=embedding)
+            assert (
+                report.bytes
+                == output.stat().st_size
+                == sum(
+                    (
+                        report.ternary_bytes,
+                        report.int8_bytes,
+                        report.float_bytes,
+                        report.metadata_bytes,
+                    )
+                )
+            )
+            assert (report.packing, report.embedding) == (packing, embedding)
+            assert (
+                report.int8_bytes == report.int8_weights == (512 * 32 if embedding == "int8" else 0)
+            )
+            header = read_header(output)
+            assert (header.packing, header.embedding) == (packing, embedding)
+            model = load_artifact(output).model
+            with torch.inference_mode():
+                logits.append(model(ids_BL, images).logits)
+        with torch.inference_mode():
+            assert torch.equal(logits[0], expected(ids_BL, images).logits)
+        assert torch.equal(logits[0], logits[1])
+
+
+def test_an_int8_embedding_answers_in_all_ways(make_run: MakeRun, tmp_path: Path) -> None:
+    run_dir, output = make_run(predict_tokens=3), tmp_path / "model.safetensors"
+    export_safetensors(run_dir, output, embedding="int8", packing="1.6")
+    model = BitGen.load(output, device="cpu")
+    pictures = [Image.effect_noise((40, 40), 80).convert("RGB") for _ in range(3)]
+    fast = model.caption(pictures, max_tokens=8, speculative=True)
+    plain = model.caption(pictures, max_tokens=8, speculative=False)
+    assert [caption.token_ids for caption in fast] == [caption.token_ids for caption in plain]
+    assert all(caption.speculation is not None for caption in fast)
+    assert len(model.caption(pictures, max_tokens=8, beam_size=3)) == 3
+    assert len(model.caption(pictures, max_tokens=8, attention_window=4)) == 3
+    ranked = model.select_robots("Inspect the roof for damage.", pictures[0])
+    assert {choice.name for choice in ranked} == {robot.name for robot in model.catalog}
+
+
+def test_ways_to_pack_that_there_are_not(make_run: MakeRun, tmp_path: Path) -> None:
+    output = tmp_path / "model.safetensors"
+    with pytest.raises(InputError, match="no packing '3'") as caught:
+        export_safetensors(make_run(), output, packing="3")
+    assert "2, 1.6" in str(caught.value.remedy)
+    with pytest.raises(InputError, match="no embedding 'int4'"):
+        export_safetensors(tmp_path / "run", output, embedding="int4")
+    full = make_run("full", quantization="none")
+    with pytest.raises(InputError, match="nothing to pack at 1.6 bits"):
+        export_safetensors(full, output, packing="1.6")
+    assert not output.exists()
+    report = export_safetensors(full, output, embedding="int8")
+    assert (report.packing, report.embedding, report.ternary_bytes) == (None, "int8", 0)
+    assert read_header(output).packing is None
+
+
 def test_an_output_is_replaced_only_when_asked(make_run: MakeRun, tmp_path: Path) -> None:
     run_dir, output = make_run(), tmp_path / "model.safetensors"
     output.write_text("precious")
@@ -211,11 +306,11 @@ def test_a_full_disk_leaves_nothing_behind(
     if existed:
         output.write_text("precious")
 
-    def full(tensors: Any, path: Path, metadata: Any = None) -> None:
-        Path(path).write_bytes(b"half of it")
+    def full(path: Path, *_: Any) -> None:
+        path.write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr("bitgen.training.checkpoint.save_file", full)
+    monkeypatch.setattr("bitgen.export.safetensors.write_artifact", full)
     with pytest.raises(DiskFullError, match=str(output)):
         export_safetensors(run_dir, output, overwrite=True)
     assert [path.name for path in folder.iterdir()] == ([output.name] if existed else [])
@@ -300,19 +395,19 @@ def test_safetensors_of_something_else(tmp_path: Path, make_run: MakeRun) -> Non
 
 
 def test_newer_and_senseless_versions(artifact: Path) -> None:
-    rewrite(artifact, format_version="2")
+    rewrite(artifact, format_version="3")
     with pytest.raises(
-        ModelFileError, match="format version 2; this BitGen reads up to 1"
+        ModelFileError, match="format version 3; this BitGen reads up to 2"
     ) as caught:
         load_artifact(artifact)
     assert "Upgrade" in str(caught.value.remedy)
-    for version in ("", "one", "-1", "1.5"):
+    for version in ("", "one", "-1", "0", "1.5"):
         rewrite(artifact, format_version=version)
         with pytest.raises(ModelFileError, match="no format version"):
             load_artifact(artifact)
 
 
-@pytest.mark.parametrize("name", ["config", "tokenizer", "robots", "info"])
+@pytest.mark.parametrize("name", ["config", "tokenizer", "robots", "info", "matrices"])
 def test_metadata_that_is_missing_or_senseless(artifact: Path, name: str) -> None:
     whole = artifact.read_bytes()
     rewrite(artifact, drop=name)
@@ -332,9 +427,9 @@ def test_tensors_that_do_not_fit_the_config(artifact: Path) -> None:
     metadata = metadata_of(artifact)
     name = "text_decoder.layers.0.mlp.up_proj.packed"
     for change, words in (
-        (None, f"{name} is missing"),
-        (torch.zeros(48, 9, dtype=torch.uint8), r"uint8 \[48, 9\], expected uint8 \[48, 8\]"),
-        (torch.zeros(48, 8, dtype=torch.int8), r"int8 \[48, 8\], expected uint8"),
+        (None, "weights of text_decoder.layers.0.mlp.up_proj are missing"),
+        (torch.zeros(2, 3, 128, dtype=torch.uint8), r"\[2, 3, 128\], expected uint8 \[2, 2, 128\]"),
+        (torch.zeros(2, 2, 128, dtype=torch.int8), r"int8 \[2, 2, 128\], expected uint8"),
     ):
         artifact.write_bytes(whole)
         tensors = load_file(artifact)
@@ -345,33 +440,22 @@ def test_tensors_that_do_not_fit_the_config(artifact: Path) -> None:
         save_file(tensors, artifact, metadata=metadata)
         with pytest.raises(ModelFileError, match=words):
             load_artifact(artifact)
-    artifact.write_bytes(whole)
-    save_file({**load_file(artifact), "stray": torch.ones(1)}, artifact, metadata=metadata)
-    with pytest.raises(ModelFileError, match="stray is unknown"):
-        load_artifact(artifact)
-
-
-def test_headers_that_promise_what_is_not_there(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-
-    def write(header: str, data: bytes = b"") -> None:
-        encoded = header.encode()
-        path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
-
-    write('{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}', bytes(35))
-    with pytest.raises(ModelFileError, match="truncated"):
-        read_header(path)
-    for header in (
-        '{"a": 1}',
-        '{"a": {"data_offsets": []}}',
-        '{"a": {"data_offsets": ["x", "y"]}}',
+    for change, words in (
+        ({"stray": torch.ones(1)}, "stray is unknown"),
+        ({"stray.packed": torch.zeros(2, 2, 128, dtype=torch.uint8)}, "do not fit stray.packed"),
+        ({"text_decoder.norm.weight": torch.ones(31)}, r"float32 \[31\], expected float32 \[32\]"),
+        ({name.replace("packed", "scale"): torch.ones(2)}, r"\[2\], expected float32 \[\]"),
     ):
-        write(header)
-        with pytest.raises(ModelFileError, match="damaged"):
-            read_header(path)
-    write("{" * 50_000)
-    with pytest.raises(ModelFileError, match="damaged"):
-        read_header(path)
+        artifact.write_bytes(whole)
+        save_file({**load_file(artifact), **change}, artifact, metadata=metadata)
+        with pytest.raises(ModelFileError, match=words):
+            load_artifact(artifact)
+    artifact.write_bytes(whole)
+    tensors = load_file(artifact)
+    del tensors["text_decoder.norm.weight"]
+    save_file(tensors, artifact, metadata=metadata)
+    with pytest.raises(ModelFileError, match="text_decoder.norm.weight is missing"):
+        load_artifact(artifact)
 
 
 @settings(

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bitgen.errors import ModelFileError
+from bitgen.export.artifact import read_header
 from bitgen.export.safetensors import export_safetensors
 from bitgen.inference.inspect import describe
 from bitgen.inference.predictor import BitGen
@@ -47,9 +48,9 @@ def test_parameters_and_shares_are_those_of_the_trained_model(
         assert description.ternary_shares[name] == pytest.approx(share)
     assert description.entropy_per_ternary_weight is not None
     assert 1.4 < description.entropy_per_ternary_weight <= math.log2(3)
-    assert description.bits_per_ternary_weight == pytest.approx(
-        2 + 32 * len(layers) / weights.numel()
-    )
+    packed = sum(layer.packed_bytes for layer in layers)  # scales included
+    assert description.bits_per_ternary_weight == 8 * packed / weights.numel()
+    assert (description.packing, description.embedding) == ("2", "float32")
     assert description.dtypes == {
         "ternary (2 bits)": weights.numel(),
         "float32": description.float_parameters,
@@ -98,6 +99,33 @@ def test_run_checkpoint_and_artifact_differ_only_in_the_file(
     of_all = [dataclasses.replace(d, **same) for d in (of_run, of_checkpoint, of_artifact)]
     assert of_all[0] == of_all[1] == of_all[2]
     json.dumps({**dataclasses.asdict(of_run), "path": str(run_dir)})
+
+
+def test_how_an_artifact_is_packed_is_said_in_true_bytes(make_run: MakeRun, tmp_path: Path) -> None:
+    run_dir, artifact = make_run(), tmp_path / "model.safetensors"
+    report = export_safetensors(run_dir, artifact, packing="1.6", embedding="int8")
+    of_run, found = describe(run_dir), describe(artifact)
+    assert (found.packing, found.embedding) == ("1.6", "int8")
+    assert found.bytes_packed == report.bytes - report.metadata_bytes
+    assert found.bytes_packed == sum(part.bytes for part in found.parts) < of_run.bytes_packed
+    assert found.ternary_parameters == of_run.ternary_parameters
+    assert found.int8_parameters == 512 * 32
+    # Each row of the embedding brings a scale in the place of its floats.
+    assert found.float_parameters == of_run.float_parameters - 512 * 32 + 512
+    assert found.ternary_shares == of_run.ternary_shares
+    layers = len(read_header(artifact).matrices) - 1
+    expected = 8 * (report.ternary_bytes + 4 * layers) / report.ternary_weights
+    assert found.bits_per_ternary_weight == expected
+    assert found.bits_per_weight == 8 * found.bytes_packed / found.parameters
+    assert found.dtypes == {
+        "ternary (1.6 bits)": found.ternary_parameters,
+        "int8": 512 * 32,
+        "float32": found.float_parameters,
+    }
+    by_name = {part.name: part for part in found.parts}
+    embedding = by_name["embedding (shared with the lm head)"]
+    assert (embedding.int8_parameters, embedding.float_parameters) == (512 * 32, 512)
+    assert embedding.bytes == 512 * 32 + 4 * 512
 
 
 def test_full_precision_is_said(make_run: MakeRun) -> None:

@@ -1,4 +1,4 @@
-"""Quantizers, packing and the integer product, each against a plain reference."""
+"""Quantizers, packing and the integer products, each against a plain reference."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitgen.kernels.matmul import ternary_matmul, ternary_matmul_reference
+from bitgen.kernels.matmul import int8_matmul, ternary_matmul, ternary_matmul_reference
 from bitgen.kernels.packing import pack_int8, pack_ternary, unpack_int8, unpack_ternary
-from bitgen.kernels.quantize import quantize_activation, quantize_weight
+from bitgen.kernels.quantize import quantize_activation, quantize_rows, quantize_weight
 
 sizes = st.integers(min_value=1, max_value=70)
 
@@ -48,6 +48,38 @@ def test_integer_product_without_int8_support_is_exact(monkeypatch: pytest.Monke
     assert torch.equal(product.long(), ternary_matmul_reference(x, ternary))
 
 
+@pytest.mark.parametrize("int8_works", [True, False])
+@given(tokens=st.sampled_from([0, 1, 2, 16, 257]), rows=sizes, width=sizes, seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=60)
+def test_int8_product_is_exact(
+    int8_works: bool, tokens: int, rows: int, width: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-128, 128, (tokens, width), dtype=torch.int8, generator=generator)
+    weight = torch.randint(-127, 128, (rows, width), dtype=torch.int8, generator=generator)
+    with pytest.MonkeyPatch.context() as patch:
+        if not int8_works:
+            patch.setattr("bitgen.kernels.matmul._int8_matmul_works", lambda: False)
+        product = int8_matmul(x, weight)
+    assert product.dtype == torch.float32
+    assert torch.equal(product.long(), x.long() @ weight.long().T)
+
+
+@pytest.mark.parametrize("int8_works", [True, False])
+def test_int8_sums_beyond_the_reach_of_float32_are_rounded_once(
+    int8_works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not int8_works:
+        monkeypatch.setattr("bitgen.kernels.matmul._int8_matmul_works", lambda: False)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(100, 128, (3, 6912), dtype=torch.int8, generator=generator)
+    weight = torch.randint(100, 128, (5, 6912), dtype=torch.int8, generator=generator)
+    sums = x.long() @ weight.long().T
+    assert sums.max() > 2**24
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(int8_matmul(x, weight), sums.float())
+
+
 def test_weight_quantizer_is_mean_absolute_value() -> None:
     weight = torch.tensor([[0.5, -0.1, 2.0], [-1.4, 0.0, -0.4]])
     ternary, scale = quantize_weight(weight)
@@ -60,6 +92,13 @@ def test_activation_quantizer_rounds_half_to_even_and_scales_each_token() -> Non
     quantized, scale = quantize_activation(x)
     assert quantized.tolist() == [[127, 2, 4, 0], [-127, 0, 2, 0]]
     assert scale.tolist() == [[1.0], [0.5]]
+
+
+def test_row_quantizer_rounds_half_to_even_and_scales_each_row() -> None:
+    weight = torch.tensor([[127.0, 2.5, 3.5, -0.5], [-254.0, 1.0, 3.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    quantized, scale = quantize_rows(weight)
+    assert quantized.tolist() == [[127, 2, 4, 0], [-127, 0, 2, 0], [0, 0, 0, 0]]
+    assert scale.tolist() == pytest.approx([1.0, 2.0, 1e-5 / 127])
 
 
 def test_quantizers_keep_zeros_finite() -> None:

@@ -7,11 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitgen.kernels import tiles as tiles_module
 from bitgen.kernels.tiles import (
+    base3_bytes,
     int8_tile_shape,
+    pack_base3,
     pack_int8_tiles,
     pack_tiles,
     tile_shape,
+    unpack_base3,
     unpack_int8_tiles,
     unpack_tiles,
 )
@@ -47,6 +51,42 @@ def test_each_code_lies_where_the_layout_says(rows: int, columns: int, seed: int
             code = tiles[n // 32, k // 16, 4 * (n % 32) + byte] >> (2 * field) & 3
             inside = n < rows and k < columns
             assert code == (ternary[n, k] + 1 if inside else 1)
+
+
+@given(rows=sizes, columns=sizes, seed=seeds, block=st.sampled_from([1, 7, 1 << 15]))
+@settings(deadline=None)
+def test_five_weights_a_byte_lose_nothing(rows: int, columns: int, seed: int, block: int) -> None:
+    tiles = pack_tiles(random_matrix(rows, columns, seed))
+    packed = pack_base3(tiles)
+    assert packed.dtype == np.uint8 and packed.shape == (base3_bytes(rows, columns),)
+    assert packed.nbytes == 4 * -(-tiles.nbytes // 5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles_module, "_BLOCK", block)
+        unpacked = unpack_base3(packed, rows, columns)
+    assert np.array_equal(unpacked, tiles)
+
+
+@given(rows=sizes, columns=sizes, seed=seeds)
+@settings(deadline=None, max_examples=20)
+def test_each_digit_lies_where_the_layout_says(rows: int, columns: int, seed: int) -> None:
+    tiles = pack_tiles(random_matrix(rows, columns, seed))
+    flat, packed = tiles.reshape(-1), pack_base3(tiles)
+    length = len(packed) // 4
+    for field in range(4):
+        for g in range(length):
+            for digit in range(5):
+                position = digit * length + g
+                code = flat[position] >> 2 * field & 3 if position < len(flat) else 1
+                assert packed[field * length + g] // 3**digit % 3 == code
+
+
+def test_five_weights_a_byte_that_cannot_be_are_refused() -> None:
+    packed = pack_base3(pack_tiles(random_matrix(20, 20, 0)))
+    with pytest.raises(ValueError, match=r"Expected uint8 \[208\] for a matrix \[20, 20\]"):
+        unpack_base3(packed[:-1], 20, 20)
+    packed[7] = 243
+    with pytest.raises(ValueError, match="at most 242, got 243"):
+        unpack_base3(packed, 20, 20)
 
 
 @given(rows=sizes, columns=sizes, seed=seeds)

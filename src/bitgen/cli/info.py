@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bitgen.cli.models import model_or_newest_run
 from bitgen.console import console, duration, file_size
+
+if TYPE_CHECKING:
+    from bitgen.inference.inspect import ModelDescription, PartDescription
 
 
 def info(
@@ -44,21 +47,17 @@ def info(
             }
         )
         return
-    total = (found.ternary_parameters, found.float_parameters, found.parameters)
+    kinds = ("ternary", "int8", "float") if found.int8_parameters else ("ternary", "float")
+
+    def row(name: str, counted: PartDescription | ModelDescription, size: int) -> tuple[str, ...]:
+        counts = (*(getattr(counted, f"{kind}_parameters") for kind in kinds), counted.parameters)
+        return (name, *(f"{count:,}" for count in counts), file_size(size))
+
     console.table(
-        ("part", "ternary", "float", "parameters", "packed"),
+        ("part", *kinds, "parameters", "packed"),
         [
-            *(
-                (
-                    part.name,
-                    f"{part.ternary_parameters:,}",
-                    f"{part.float_parameters:,}",
-                    f"{part.parameters:,}",
-                    file_size(part.bytes),
-                )
-                for part in found.parts
-            ),
-            ("all", *(f"{count:,}" for count in total), file_size(found.bytes_packed)),
+            *(row(part.name, part, part.bytes) for part in found.parts),
+            row("all", found, found.bytes_packed),
         ],
     )
     rows: list[tuple[str, str]] = [
@@ -85,16 +84,12 @@ def info(
             + f", {found.image_size} px, {found.image_tokens} tokens a picture",
         ),
         ("vocabulary", f"{found.vocabulary:,} tokens"),
+        ("packing", _packing_words(found)),
         ("dtypes", ", ".join(f"{count:,} {dtype}" for dtype, count in found.dtypes.items())),
-        ("bits a weight", f"{found.bits_per_weight:.2f} over all"),
+        ("bits a weight", _bits_words(found)),
         ("on disk", file_size(found.bytes_on_disk)),
         ("robots", ", ".join(found.robots) or "none"),
     ]
-    if found.bits_per_ternary_weight is not None:
-        rows[5] = (
-            "bits a weight",
-            f"{found.bits_per_ternary_weight:.2f} ternary, {found.bits_per_weight:.2f} over all",
-        )
     if found.step is not None:
         rows.append(("trained", f"{found.step:,} steps in run {found.run}"))
     if found.tokens and found.images:
@@ -113,6 +108,19 @@ def info(
         if value not in (None, [], 0)
     ]
     console.table(("", ""), rows)
+
+
+def _packing_words(found: ModelDescription) -> str:
+    ternary = "" if found.packing is None else f"ternary weights at {found.packing} bits, "
+    scales = ", one scale a row" if found.embedding == "int8" else ""
+    return f"{ternary}embedding and lm head in {found.embedding}{scales}"
+
+
+def _bits_words(found: ModelDescription) -> str:
+    ternary = found.bits_per_ternary_weight
+    return ("" if ternary is None else f"{ternary:.2f} ternary, ") + (
+        f"{found.bits_per_weight:.2f} over all"
+    )
 
 
 def _schedule_words(training: Mapping[str, Any]) -> str:

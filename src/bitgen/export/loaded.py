@@ -17,10 +17,12 @@ import torch
 from torch import nn
 
 from bitgen.config import BitGenConfig
-from bitgen.dataset.robots import Robot, catalog_from_json
+from bitgen.dataset.robots import Robot
 from bitgen.dataset.tokenizer import Tokenizer
-from bitgen.errors import BitGenError, ModelFileError
+from bitgen.errors import ModelFileError
+from bitgen.export.artifact import read_catalog, read_tokenizer
 from bitgen.model.bitgen import BitGenModel
+from bitgen.model.int8_embedding import Int8Embedding
 from bitgen.model.ternary import PackedTernaryLinear, TernaryLinear, pack_ternary_layers
 from bitgen.training.checkpoint import RunFiles, open_run, read_tensors
 
@@ -48,7 +50,9 @@ def load_run(path: Path | str, packed: bool = True) -> LoadedModel:
     run = open_run(path)
     tensors = read_tensors(run.model_path)
     model = empty_model(run.config, packed=False)
-    assign_tensors(model, tensors, run.model_path)
+    # A file's tensors begin at any address, and kernels sum in another order where that is not the
+    # usual alignment: only copies make a run and its artifact compute the same bits.
+    assign_tensors(model, {name: t.clone() for name, t in tensors.items()}, run.model_path)
     if packed:
         pack_ternary_layers(model)
     tokenizer = read_tokenizer(run.tokenizer_json, run.config, run.run_dir)
@@ -57,18 +61,21 @@ def load_run(path: Path | str, packed: bool = True) -> LoadedModel:
     )
 
 
-def empty_model(config: BitGenConfig, packed: bool) -> BitGenModel:
+def empty_model(config: BitGenConfig, packed: bool, embedding: str = "float32") -> BitGenModel:
     """The model of `config`, every tensor of which is to be assigned: with `vit`, without storage.
 
     Args:
         config: the architecture.
         packed: whether ternary layers take packed weights.
+        embedding: `float32`, or `int8` for an embedding and lm head in int8.
     """
     # Some backbones of torchvision read their own weights while they are made.
     with torch.device("meta" if config.image_encoder == "vit" else "cpu"):
         model = BitGenModel(config)
         if packed:
             _make_packed_layers(model)
+        if embedding == "int8":
+            model.text_decoder.embed_tokens = Int8Embedding(config.vocab_size, config.hidden_size)
     return model
 
 
@@ -83,7 +90,7 @@ def _make_packed_layers(module: nn.Module) -> None:
 def assign_tensors(
     model: BitGenModel, tensors: Mapping[str, torch.Tensor], source: Path | str
 ) -> None:
-    """Make copies of `tensors` the model's own.
+    """Make `tensors` the model's own.
 
     Raises:
         ModelFileError: a name is missing or unknown, or a shape or dtype is not the model's.
@@ -100,39 +107,11 @@ def assign_tensors(
             f"{source}: the tensors do not fit the config ({'; '.join(problems[:3])}{more}).",
             remedy="Config and weights come from different models, or the file was changed.",
         )
-    # A file's tensors begin at any address, and kernels sum in another order where that is not the
-    # usual alignment: only copies make a run and its artifact compute the same bits.
-    copies = {name: tensor.clone() for name, tensor in tensors.items()}
-    model.load_state_dict(copies, assign=True)
+    model.load_state_dict(dict(tensors), assign=True)
 
 
 def _kind(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def read_tokenizer(text: str, config: BitGenConfig, source: Path | str) -> Tokenizer:
-    """The tokenizer that `text` holds. Raises ModelFileError if it does not fit the config."""
-    try:
-        tokenizer = Tokenizer.from_json(text)
-    except (BitGenError, ValueError) as error:
-        raise ModelFileError(f"{source} holds a tokenizer that cannot be read: {error}") from error
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ModelFileError(
-            f"{source}: the tokenizer has {tokenizer.vocab_size} entries, but the model only"
-            f" {config.vocab_size}.",
-            remedy="Tokenizer and weights come from different models.",
-        )
-    return tokenizer
-
-
-def read_catalog(text: str, source: Path | str) -> list[Robot]:
-    """The robot catalog that `text` holds. Raises ModelFileError if it cannot be read."""
-    try:
-        return catalog_from_json(text)
-    except (BitGenError, ValueError) as error:
-        raise ModelFileError(
-            f"{source} holds a robot catalog that cannot be read: {error}"
-        ) from error
 
 
 def describe_run(run: RunFiles) -> dict[str, Any]:

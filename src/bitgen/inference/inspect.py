@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bitgen.export.artifact import BASE3, TILES, read_header
 from bitgen.export.loaded import LoadedModel, load_run
 from bitgen.export.safetensors import load_artifact
 from bitgen.model.bitgen import BitGenModel
+from bitgen.model.int8_embedding import Int8Embedding
 from bitgen.model.ternary import PackedTernaryLinear
 from bitgen.training.checkpoint import CONFIG_FILE, open_run
 
@@ -27,17 +30,18 @@ _PARTS = (
 
 @dataclass(frozen=True)
 class PartDescription:
-    """One part of the model. A ternary layer's scale counts as float."""
+    """One part of the model. Scales of ternary and int8 weights count as float."""
 
     name: str
     ternary_parameters: int
+    int8_parameters: int
     float_parameters: int
     bytes: int
-    """As an artifact stores it: 2 bits a ternary weight, the rest unpacked."""
+    """As the artifact stores it; of a run, as one does by default."""
 
     @property
     def parameters(self) -> int:
-        return self.ternary_parameters + self.float_parameters
+        return self.ternary_parameters + self.int8_parameters + self.float_parameters
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,16 @@ class ModelDescription:
     model_size: str
     quantization: str
     """`ternary`, or `none` (full precision)."""
+    packing: str | None
+    """Bits of a ternary weight in the artifact, `2` or `1.6`; None without ternary weights. Of a
+    run, as an artifact has it by default, and so are all bytes and bits below."""
+    embedding: str
+    """The embedding and lm head in the artifact: `float32` or `int8`."""
     parts: tuple[PartDescription, ...]
     parameters: int
     ternary_parameters: int
+    int8_parameters: int
+    """Of the embedding, if it is stored as int8."""
     float_parameters: int
     bits_per_ternary_weight: float | None
     """As stored, scales included; None without ternary weights."""
@@ -64,11 +75,12 @@ class ModelDescription:
     ternary_shares: dict[str, float] | None
     """Share of the ternary weights that are -1, 0 and +1."""
     dtypes: dict[str, int]
-    """Values stored in each dtype; packed ternary weights are listed as such."""
+    """Values stored in each dtype; packed ternary weights are listed as such, and nothing that only
+    fills up a tile is counted."""
     bytes_on_disk: int
     """Of the artifact, or of the checkpoint's weights (float, as training needs them)."""
     bytes_packed: int
-    """Of all tensors packed, without config and tokenizer."""
+    """Of all tensors in the artifact, without config and tokenizer."""
     decoder_layers: int
     num_experts: int
     """Feed-forward layers of a decoder layer; 1 is no mixture."""
@@ -118,32 +130,44 @@ def describe(path: Path | str) -> ModelDescription:
         kind = "run" if (path / CONFIG_FILE).is_file() else "checkpoint"
         loaded = load_run(path)
         bytes_on_disk = open_run(path).model_path.stat().st_size
+        packing = "2" if _packed_layers(loaded.model) else None
+        stored = {name: tensor.nbytes for name, tensor in loaded.model.state_dict().items()}
     else:
+        header = read_header(path)
         kind, loaded = "artifact", load_artifact(path)
-        bytes_on_disk = path.stat().st_size
+        bytes_on_disk, packing = path.stat().st_size, header.packing
+        stored = {name: tensor.nbytes for name, tensor in header.tensors.items()}
     model, config, info = loaded.model, loaded.model.config, loaded.info
+    weights = _weight_counts(model)
 
-    parts = _describe_parts(model)
-    ternary = sum(part.ternary_parameters for part in parts)
-    floats = sum(part.float_parameters for part in parts)
-    bytes_packed = sum(part.bytes for part in parts)
+    parts = _describe_parts(weights, stored)
+    ternary, int8, floats = (
+        sum(count for kind, count in weights.values() if kind == wanted)
+        for wanted in ("ternary", "int8", "float")
+    )
+    bytes_packed = sum(stored.values())
     shares = _ternary_shares(model)
-    layers = _packed_layers(model).values()
-    ternary_bytes = sum(layer.packed.nbytes + layer.scale.nbytes for layer in layers)
+    layers = _packed_layers(model)
+    ternary_bytes = 4 * len(layers) + sum(
+        nbytes for name, nbytes in stored.items() if name.endswith((TILES, BASE3))
+    )
     return ModelDescription(
         path=path,
         kind=kind,
         model_size=config.model_size,
         quantization=config.quantization,
+        packing=packing,
+        embedding="int8" if int8 else "float32",
         parts=parts,
-        parameters=ternary + floats,
+        parameters=ternary + int8 + floats,
         ternary_parameters=ternary,
+        int8_parameters=int8,
         float_parameters=floats,
         bits_per_ternary_weight=8 * ternary_bytes / ternary if ternary else None,
-        bits_per_weight=8 * bytes_packed / (ternary + floats),
+        bits_per_weight=8 * bytes_packed / (ternary + int8 + floats),
         entropy_per_ternary_weight=None if shares is None else _entropy(shares),
         ternary_shares=shares,
-        dtypes=_dtypes(model),
+        dtypes=_dtypes(model, weights, packing),
         bytes_on_disk=bytes_on_disk,
         bytes_packed=bytes_packed,
         decoder_layers=config.num_layers,
@@ -179,25 +203,44 @@ def _packed_layers(model: BitGenModel) -> dict[str, PackedTernaryLinear]:
     }
 
 
-def _describe_parts(model: BitGenModel) -> tuple[PartDescription, ...]:
+def _weight_counts(model: BitGenModel) -> dict[str, tuple[str, int]]:
+    """For each tensor's name in the state dict: `ternary`, `int8` or `float`, and how many values,
+    without those that only fill up a tile."""
+    counts = {name: ("float", tensor.numel()) for name, tensor in model.state_dict().items()}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedTernaryLinear):
+            counts[f"{name}.packed"] = ("ternary", module.in_features * module.out_features)
+        elif isinstance(module, Int8Embedding):
+            counts[f"{name}.tiles"] = ("int8", module.num_embeddings * module.embedding_dim)
+    return counts
+
+
+def _describe_parts(
+    weights: Mapping[str, tuple[str, int]], stored: Mapping[str, int]
+) -> tuple[PartDescription, ...]:
     """Each tensor is counted in the first part whose prefix its name has; heads that are not there
     are no part."""
-    widths = {f"{name}.packed": layer for name, layer in _packed_layers(model).items()}
-    ternary: Counter[str] = Counter()
-    floats: Counter[str] = Counter()
-    stored: Counter[str] = Counter()
-    for name, tensor in model.state_dict().items():
-        part = next(part for part, prefix in _PARTS if name.startswith(prefix))
-        stored[part] += tensor.nbytes
-        if name in widths:
-            ternary[part] += widths[name].in_features * widths[name].out_features
-        else:
-            floats[part] += tensor.numel()
+    counts: Counter[tuple[str, str]] = Counter()
+    for name, (kind, count) in weights.items():
+        counts[_part_of(name), kind] += count
+    nbytes: Counter[str] = Counter()
+    for name, size in stored.items():
+        nbytes[_part_of(name)] += size
     return tuple(
-        PartDescription(part, ternary[part], floats[part], stored[part])
+        PartDescription(
+            part,
+            counts[part, "ternary"],
+            counts[part, "int8"],
+            counts[part, "float"],
+            nbytes[part],
+        )
         for part, prefix in _PARTS
-        if prefix != "future_heads." or stored[part]
+        if prefix != "future_heads." or nbytes[part]
     )
+
+
+def _part_of(name: str) -> str:
+    return next(part for part, prefix in _PARTS if name.startswith(prefix))
 
 
 def _ternary_shares(model: BitGenModel) -> dict[str, float] | None:
@@ -214,11 +257,12 @@ def _entropy(shares: dict[str, float]) -> float:
     return float(torch.special.entr(share_3).sum() / torch.tensor(2.0, dtype=torch.float64).log())
 
 
-def _dtypes(model: BitGenModel) -> dict[str, int]:
+def _dtypes(
+    model: BitGenModel, weights: Mapping[str, tuple[str, int]], packing: str | None
+) -> dict[str, int]:
     counts: Counter[str] = Counter()
-    for layer in _packed_layers(model).values():
-        counts["ternary (2 bits)"] += layer.in_features * layer.out_features
     for name, tensor in model.state_dict().items():
-        if not name.endswith(".packed"):
-            counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+        kind, count = weights[name]
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        counts[f"ternary ({packing} bits)" if kind == "ternary" else dtype] += count
     return dict(counts)

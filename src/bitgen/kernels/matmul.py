@@ -1,7 +1,8 @@
-"""The integer product of int8 activations and ternary weights.
+"""The integer products of int8 activations with ternary and with int8 weights.
 
-Sums of at most `127 * K` are exact in int32 and, up to K = 132,104, in float32 as well: every path
-gives the same integers, so the choice among them changes no result.
+With ternary weights, sums of at most `127 * K` are exact in int32 and, up to K = 132,104, in
+float32 as well; with int8 weights they are in int32, up to K = 132,104. Every path gives the same
+integers, so the choice among them changes no result.
 """
 
 from __future__ import annotations
@@ -52,8 +53,32 @@ def ternary_matmul(x_MK: torch.Tensor, ternary_NK: torch.Tensor) -> torch.Tensor
     Returns:
         float32 `[M, N]`, whole numbers.
     """
-    # Every torch that compiles layers has the int8 product; a graph cannot ask by trying.
-    if x_MK.device.type == "cpu" and (_is_compiling() or (x_MK.numel() and _int8_matmul_works())):
+    if _takes_int8(x_MK):
         return torch._int_mm(x_MK, ternary_NK.T).float()
     with without_autocast(x_MK.device.type):
         return x_MK.float() @ ternary_NK.float().T
+
+
+def int8_matmul(x_MK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
+    """`x @ W.T` by the fastest exact path of this device.
+
+    Args:
+        x_MK: int8 `[M, K]`, quantized activations.
+        weight_NK: int8 `[N, K]`.
+
+    Returns:
+        float32 `[M, N]`: the int32 sums, each rounded once.
+    """
+    if _takes_int8(x_MK):
+        return torch._int_mm(x_MK, weight_NK.T).float()
+    # Float32 holds the sums of half a weight exactly: W = 16 * high + low, low in 0 ... 15.
+    x_MK, high_NK, low_NK = x_MK.float(), (weight_NK >> 4).float(), (weight_NK & 15).float()
+    with without_autocast(x_MK.device.type):
+        return ((x_MK @ high_NK.T).int() * 16 + (x_MK @ low_NK.T).int()).float()
+
+
+def _takes_int8(x_MK: torch.Tensor) -> bool:
+    # Every torch that compiles layers has the int8 product; a graph cannot ask by trying.
+    return x_MK.device.type == "cpu" and (
+        _is_compiling() or bool(x_MK.numel() and _int8_matmul_works())
+    )

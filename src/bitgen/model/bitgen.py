@@ -335,7 +335,7 @@ class BitGenModel(nn.Module):
         if self._encoded_robots_RC is not None and not self.training:
             return self._encoded_robots_RC
         input_ids_RL, valid_RL = self._robot_tokens
-        device = self.text_decoder.embed_tokens.weight.device
+        device = self.text_decoder.norm.weight.device
         hidden_RLC, _, _ = self.text_decoder(
             self.text_decoder.embed_tokens(input_ids_RL.to(device)),
             AttentionMask.padding(valid_RL),
@@ -362,14 +362,14 @@ class BitGenModel(nn.Module):
         return SlidingWindowCache(shape, window, sinks, config.max_positions, config.rope_theta)
 
     def _cache_shape(self, batch_size: int) -> CacheShape:
-        embedding = self.text_decoder.embed_tokens.weight
+        norm = self.text_decoder.norm.weight
         return CacheShape(
             num_layers=self.config.num_layers,
             batch_size=batch_size,
             num_kv_heads=self.config.num_kv_heads,
             head_dim=self.config.head_dim,
-            device=embedding.device,
-            dtype=embedding.dtype,
+            device=norm.device,
+            dtype=norm.dtype,
         )
 
     def text_tower_state_dict(self) -> dict[str, torch.Tensor]:
@@ -386,7 +386,7 @@ class BitGenModel(nn.Module):
                 remedy="Take a model with num_experts 1.",
             )
         state = self.text_decoder.state_dict()
-        if any(name.endswith(".packed") for name in state):
+        if any(name.endswith((".packed", ".tiles")) for name in state):
             raise ValueError("A packed model has no float weights; load the run with packed=False.")
         tower = {f"model.{name}": tensor for name, tensor in state.items()}
         tower["lm_head.weight"] = tower["model.embed_tokens.weight"]  # tied
@@ -461,7 +461,7 @@ class BitGenModel(nn.Module):
         Raises:
             ConfigError: there is no compiler, or this torch is too old.
         """
-        require_compiler(self.text_decoder.embed_tokens.weight.device)
+        require_compiler(self.text_decoder.norm.weight.device)
         for module in self.modules():
             if isinstance(module, TransformerLayer):
                 module.compile_training()

@@ -8,6 +8,7 @@ from torch import nn
 from bitgen.config import BitGenConfig
 from bitgen.model.cache import AttentionCache
 from bitgen.model.experts import Routing
+from bitgen.model.int8_embedding import Int8Embedding
 from bitgen.model.layers import TransformerLayer, run_layers
 from bitgen.model.masks import AttentionMask
 from bitgen.model.norm import RMSNorm
@@ -21,9 +22,10 @@ class TextDecoder(nn.Module):
         super().__init__()
         self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
         self.has_experts = config.num_experts > 1
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         # Tied to the head: logits of half a unit, so that the first loss is that of guessing.
-        nn.init.normal_(self.embed_tokens.weight, std=0.5 * config.hidden_size**-0.5)
+        nn.init.normal_(embedding.weight, std=0.5 * config.hidden_size**-0.5)
+        self.embed_tokens: nn.Embedding | Int8Embedding = embedding
         self.layers = nn.ModuleList(
             TransformerLayer(
                 hidden_size=config.hidden_size,
@@ -74,7 +76,14 @@ class TextDecoder(nn.Module):
 
     def lm_head(self, hidden: torch.Tensor, num_tokens: int | None = None) -> torch.Tensor:
         """Logits `[..., V]` over the vocabulary, or over its first `num_tokens`, of `[..., C]`."""
+        if isinstance(self.embed_tokens, Int8Embedding):
+            return self.embed_tokens.logits(hidden, num_tokens)
         return nn.functional.linear(hidden, self.embed_tokens.weight[:num_tokens])
+
+    def quantize_embedding(self) -> None:
+        """Replace the embedding, and with it the lm head, by its int8 form."""
+        if isinstance(self.embed_tokens, nn.Embedding):
+            self.embed_tokens = Int8Embedding.from_trained(self.embed_tokens)
 
 
 def _flat_positions(valid_BS: torch.Tensor, batch: int) -> torch.Tensor:

@@ -171,16 +171,12 @@ def save_checkpoint(
     return target
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """One safetensors file, flushed to the disk. Raises DiskFullError; does not replace safely
     by itself: give a temporary path and rename it."""
     with name_full_disk(path):
         save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            path,
-            metadata=None if metadata is None else dict(metadata),
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path
         )
         # Newer safetensors writes through a private temporary file: give it the usual rights.
         path.chmod(0o666 & ~_umask())
