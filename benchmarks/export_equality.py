@@ -2,10 +2,11 @@
 
     python benchmarks/export_equality.py --model runs/tiny --images data/coco/val2017
 
-The run is exported to a temporary file. Three models caption the same pictures greedily: the run
-with the layers it was trained with, the run with packed weights (what `bitgen infer` uses), and the
-file. A caption counts as equal if all token ids and the log-probability, bit by bit, are those of
-the training layers. The file's size is set against 2 bits a ternary weight plus the float parts.
+The run is exported to temporary files, packed at 2 bits a ternary weight and at 1.6. Four models
+caption the same pictures greedily: the run with the layers it was trained with, the run with packed
+weights (what `bitgen infer` uses), and the files. A caption counts as equal if all token ids and
+the log-probability, bit by bit, are those of the training layers. The size of a file is set against
+its bits a ternary weight plus the float parts.
 
 Fails if one caption differs.
 """
@@ -13,8 +14,10 @@ Fails if one caption differs.
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +25,25 @@ from common import first_images, make_parser, run, show_result
 
 from bitgen.config import DEVICES
 from bitgen.console import console
+from bitgen.export.artifact import PACKINGS
 from bitgen.export.safetensors import ExportReport, export_safetensors
 from bitgen.inference.predictor import BitGen, Caption
-
-TERNARY_BITS = 2
 
 
 def main() -> int:
     arguments = read_arguments()
     images = first_images(arguments.images, arguments.num_images)
     with tempfile.TemporaryDirectory(prefix="bitgen-export-") as temporary:
-        artifact = Path(temporary) / "model.safetensors"
-        size = export_safetensors(arguments.model, artifact)
         models = {
             "training layers": BitGen.load(arguments.model, arguments.device, packed=False),
             "packed run": BitGen.load(arguments.model, arguments.device),
-            "exported file": BitGen.load(artifact, arguments.device),
         }
+        is_ternary = models["packed run"].config.quantization == "ternary"
+        reports = {}
+        for packing in PACKINGS if is_ternary else PACKINGS[:1]:
+            artifact = Path(temporary) / f"{packing}.safetensors"
+            reports[packing] = export_safetensors(arguments.model, artifact, packing=packing)
+            models[f"file, {packing} bits"] = BitGen.load(artifact, arguments.device)
         captions = {
             name: describe(model, images, arguments, name) for name, model in models.items()
         }
@@ -50,16 +55,15 @@ def main() -> int:
         for name, number in equal.items()
         if number != len(images)
     ]
-    sizes = compare_size(size)
+    sizes = {packing: compare_size(report) for packing, report in reports.items()}
     figures = {
         "model": arguments.model.name,
         "num_images": len(images),
         "batch_size": arguments.batch_size,
         "num_tokens": num_tokens,
         "different_captions": len({caption.text for caption in reference}),
-        "packed_run_equal": equal["packed run"],
-        "exported_file_equal": equal["exported file"],
-        **sizes,
+        "equal": equal,
+        "files": sizes,
     }
     rows = [
         ("pictures", f"{len(images)} ({num_tokens:,} tokens, batches of {arguments.batch_size})"),
@@ -68,12 +72,11 @@ def main() -> int:
             (f"{name} equal to training layers", f"{n} of {len(images)}")
             for name, n in equal.items()
         ),
-        (f"ternary weights, {size.ternary_weights:,}", f"{size.ternary_bytes:,} bytes"),
-        (f"float values, {size.float_weights:,}", f"{size.float_bytes:,} bytes"),
-        ("header: config, tokenizer, robots", f"{size.metadata_bytes:,} bytes"),
-        ("file", f"{size.bytes:,} bytes"),
-        ("2 bits x ternary weights + float", f"{sizes['ideal_bytes']:,} bytes"),
-        ("overhead", f"{sizes['overhead']:.2%}"),
+        *(
+            row
+            for packing in reports
+            for row in size_rows(packing, reports[packing], sizes[packing])
+        ),
     ]
     return show_result("export_equality", figures, ("", ""), rows, failures)
 
@@ -113,8 +116,9 @@ def count_equal(captions: Sequence[Caption], others: Sequence[Caption]) -> int:
 
 
 def compare_size(size: ExportReport) -> dict[str, Any]:
-    """Bytes by part, and by how much the file exceeds 2 bits a ternary weight plus the floats."""
-    ideal = (size.ternary_weights * TERNARY_BITS + 7) // 8 + size.float_bytes
+    """Bytes by part, and by how much the file exceeds its bits a ternary weight plus the floats."""
+    bits = Fraction(0 if size.packing is None else size.packing)
+    ideal = math.ceil(size.ternary_weights * bits / 8) + size.float_bytes
     return {
         "bytes": size.bytes,
         "ternary_weights": size.ternary_weights,
@@ -125,6 +129,19 @@ def compare_size(size: ExportReport) -> dict[str, Any]:
         "ideal_bytes": ideal,
         "overhead": size.bytes / ideal - 1,
     }
+
+
+def size_rows(packing: str, size: ExportReport, compared: dict[str, Any]) -> list[tuple[str, str]]:
+    """A file's size as rows of the table."""
+    name = f"file, {packing} bits"
+    return [
+        (f"{name}: {size.ternary_weights:,} ternary weights", f"{size.ternary_bytes:,} bytes"),
+        (f"{name}: {size.float_weights:,} float values", f"{size.float_bytes:,} bytes"),
+        (f"{name}: header (config, tokenizer, robots)", f"{size.metadata_bytes:,} bytes"),
+        (f"{name}: whole", f"{size.bytes:,} bytes"),
+        (f"{packing} bits x ternary weights + float", f"{compared['ideal_bytes']:,} bytes"),
+        ("overhead", f"{compared['overhead']:.2%}"),
+    ]
 
 
 if __name__ == "__main__":

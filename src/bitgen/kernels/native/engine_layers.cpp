@@ -8,7 +8,6 @@
 namespace bitgen {
 namespace {
 
-constexpr int64_t kRowsAtOnce = 64;     // of one thread by itself
 constexpr int64_t kPrivateRows = 2;     // so few are normalised by every thread for itself
 constexpr int64_t kBlockQueries = 4;    // a sequence of so many new tokens attends in blocks
 constexpr int64_t kUpFloats = 16384;    // of the up projection that are made at a time
@@ -22,7 +21,7 @@ TernaryMatrix tiles_from(const TernaryMatrix& matrix, int64_t first_tile) {
 }  // namespace
 
 void Model::prepare_scratch(Scratch& s, int64_t rows, int64_t keys) const {
-  const int64_t pairs = rows * most_pairs_, stride = round_up(widest_input_, kRowAlignment);
+  const int64_t pairs = rows * most_pairs_, stride = preferred_stride(widest_input_);
   s.rows = rows;
   s.quantized.ensure(rows * stride);
   s.scales.ensure(rows);
@@ -40,7 +39,8 @@ void Model::prepare_scratch(Scratch& s, int64_t rows, int64_t keys) const {
     s.experts.ensure(pairs);
     s.pair_rows.ensure(pairs);
     s.pair_places.ensure(pairs);
-    s.expert_weights.ensure(rows * std::max(config_.num_experts, most_pairs_));
+    s.router_scores.ensure(rows * config_.num_experts);
+    s.expert_weights.ensure(pairs);
     s.group_starts.resize(static_cast<size_t>(config_.num_experts + 1));
   }
   const int64_t panel = operators_.panel_width, padded_keys = round_up(keys, panel);
@@ -49,12 +49,12 @@ void Model::prepare_scratch(Scratch& s, int64_t rows, int64_t keys) const {
   s.scores.ensure(padded_keys * operators_.row_block);
 }
 
-void Model::prepare_threads(int64_t rows, int64_t keys) {
+int64_t Model::prepare_threads(int64_t rows, int64_t keys) {
   const int64_t threads = ThreadPool::instance().threads();
   while (static_cast<int64_t>(own_.size()) < threads) own_.push_back(std::make_unique<Scratch>());
   // Each thread's own also holds what it groups of all rows.
   for (auto& own : own_) prepare_scratch(*own, kRowsAtOnce, keys);
-  const int64_t most = std::min(rows, kRowsAtATile * threads);
+  const int64_t most = std::min(rows, kSmallBatch * threads);
   prepare_scratch(shared_, most, keys);
   if (config_.num_experts > 1) {
     for (auto& own : own_) {
@@ -65,6 +65,7 @@ void Model::prepare_threads(int64_t rows, int64_t keys) {
   } else {
     for (auto& own : own_) own->up.ensure(most * kTileRows);
   }
+  return threads;
 }
 
 Team Model::whole_team(Worker& worker) {
@@ -79,12 +80,12 @@ Team Model::single_team(Worker& worker) {
 
 QuantizedRows Model::quantized_view(Scratch& s, int64_t rows, int64_t columns) const {
   return {s.quantized.data(), s.scales.data(), s.sums.data(), rows, columns,
-          round_up(columns, kRowAlignment)};
+          preferred_stride(columns)};
 }
 
 QuantizedRows Model::pair_view(Scratch& s, int64_t rows, int64_t columns) const {
   return {s.pair_quantized.data(), s.pair_scales.data(), s.pair_sums.data(), rows, columns,
-          round_up(columns, kRowAlignment)};
+          preferred_stride(columns)};
 }
 
 bool Model::is_private(const Team& team, int64_t rows) const {
@@ -213,7 +214,8 @@ void Model::choose_experts(Team& team, const Stack& stack, const Layer& layer, c
   const auto [first, last] = by_itself ? std::pair<int64_t, int64_t>{0, rows} : team.share(rows);
   for (int64_t r = first; r < last; ++r) {
     float* normed = s.normed.data() + r * width;
-    float* scores = s.expert_weights.data() + r * num_experts;
+    float* scores = s.router_scores.data() + r * num_experts;
+    float* weights = s.expert_weights.data() + r * chosen;
     int32_t* experts = s.experts.data() + r * chosen;
     operators_.rms_norm(x + r * width, layer.post_norm, config_.rms_norm_eps, width, normed);
     operators_.linear(normed, width, 1, layer.router, width, 0, num_experts, scores, num_experts);
@@ -233,10 +235,7 @@ void Model::choose_experts(Team& team, const Stack& stack, const Layer& layer, c
       total = 0.0f;
       for (int64_t k = 0; k < chosen; ++k) total += std::exp(scores[experts[k]] - largest);
     }
-    for (int64_t k = 0; k < chosen; ++k) {
-      // normed is free again: the weights take its place, so that scores stay as they are.
-      normed[k] = std::exp(scores[experts[k]] - largest) / total;
-    }
+    for (int64_t k = 0; k < chosen; ++k) weights[k] = std::exp(scores[experts[k]] - largest) / total;
   }
 }
 
@@ -350,7 +349,7 @@ void Model::feed_forward(Team& team, const Stack& stack, const Layer& layer, flo
   }
   for (int64_t r = 0; r < rows && columns > 0; ++r) {
     const int32_t* places = team.own->pair_places.data() + r * stack.experts_per_token;
-    const float* weights = chosen.normed.data() + r * width;
+    const float* weights = chosen.expert_weights.data() + r * stack.experts_per_token;
     float* sum = product + places[0] * width + begin;
     operators_.scale(sum, weights[0], columns);
     for (int64_t k = 1; k < stack.experts_per_token; ++k) {

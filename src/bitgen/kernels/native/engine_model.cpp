@@ -162,19 +162,7 @@ void Model::make_embedding() {
                       std::to_string(found->second.rows) + " row scales; expected " +
                       std::to_string(bytes) + " and " + std::to_string(rows) + ".");
   }
-  embedding_row_sums_.assign(static_cast<size_t>(tiles_of(rows) * kTileRows), 0);
-  const int8_t* tiles = found->second.tiles;
-  ThreadPool::instance().run([&](Worker& worker) {
-    const auto [first, last] = worker.share(tiles_of(rows));
-    for (int64_t tile = first; tile < last; ++tile) {
-      int32_t* sums = embedding_row_sums_.data() + tile * kTileRows;
-      const int8_t* weights = tiles + tile * chunks * kChunkBytes;
-      for (int64_t chunk = 0; chunk < chunks; ++chunk, weights += kChunkBytes) {
-        for (int64_t i = 0; i < kChunkBytes; ++i) sums[i / kInt8Inputs] += weights[i];
-      }
-    }
-  });
-  int8_embedding_ = {tiles, found->second.row_scales, embedding_row_sums_.data(), rows, columns};
+  int8_embedding_ = {found->second.tiles, found->second.row_scales, rows, columns};
 }
 
 void Model::make_stem() {

@@ -8,6 +8,7 @@
 // takes its own through whole layers, waiting only for the others' keys and values.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -22,6 +23,12 @@
 #include "thread_pool.h"
 
 namespace bitgen {
+
+// Rows for each thread up to which a pass shares out the rows of the weights; behind, the tokens.
+constexpr int64_t kSmallBatch = 16;
+constexpr int64_t kRowsAtOnce = 64;  // of one thread by itself
+// Consecutive logits that one thread makes at a time, and that have LogitStatistics.
+constexpr int64_t kLogitBlock = 8 * kTileRows;
 
 struct FeedForward {
   TernaryMatrix gate, up, down;
@@ -68,7 +75,7 @@ struct Scratch {
   AlignedArray<float> keys, values, gate, up, product, normed;
   AlignedArray<float> key_panels, value_panels, scores;
   AlignedArray<int32_t> experts, pair_rows, pair_places;
-  AlignedArray<float> expert_weights;
+  AlignedArray<float> router_scores, expert_weights;
   std::vector<int64_t> group_starts;
   std::vector<AlignedArray<float>> pictures;  // inputs of the stem's convolutions
 };
@@ -134,7 +141,7 @@ class Model {
   const bitgen_engine_config& config() const { return config_; }
   const Operators& operators() const { return operators_; }
   int64_t num_patches() const { return num_patches_; }
-  int64_t logit_blocks() const;
+  int64_t logit_blocks() const { return (config_.vocab_size + kLogitBlock - 1) / kLogitBlock; }
   std::unique_ptr<KeyValueStore> new_store() const;
 
   // Checks what is given; throws EngineError.
@@ -170,11 +177,14 @@ class Model {
   void check_sequences(const KeyValueStore* store, const bitgen_sequence* sequences,
                        int64_t count) const;
   void prepare_scratch(Scratch& scratch, int64_t rows, int64_t keys) const;
-  // Memory for a pass over so many rows by the threads that there are now.
-  void prepare_threads(int64_t rows, int64_t keys);
-  // Runs on all threads. Made again, by prepare(), if the number of threads changed in between.
-  template <typename Prepare, typename Function>
-  void run(Prepare&& prepare, Function&& function);
+  // Memory for a pass over so many rows by the threads that there are now; how many these are.
+  int64_t prepare_threads(int64_t rows, int64_t keys);
+  void prepare_pictures(Scratch& scratch) const;
+  // Runs function(Worker&, by_rows) on all threads, with memory for so many rows and keys, and for
+  // the stem.
+  template <typename Function>
+  void run(int64_t rows, int64_t keys, bool has_pictures, Function&& function);
+  // Calls function(Team&, first, count) for this thread's rows, or for all rows with all threads.
   template <typename Function>
   void for_rows(Worker& worker, bool by_rows, int64_t rows, Function&& function);
   Team whole_team(Worker& worker);
@@ -220,7 +230,6 @@ class Model {
   Stack decoder_{}, encoder_{};
   const float* embedding_ = nullptr;  // float32 [vocab_size][hidden_size], or null:
   Int8Matrix int8_embedding_{};
-  std::vector<int32_t> embedding_row_sums_;
   const float* final_norm_ = nullptr;
   AlignedArray<float> cosines_, sines_;  // [max_positions][head_dim / 2]
   int64_t num_patches_ = 0;
@@ -248,5 +257,40 @@ class Model {
   std::vector<Sequence> sequences_;
   KeyValueStore decoder_passing_, encoder_passing_;  // where nothing is kept
 };
+
+template <typename Function>
+void Model::run(int64_t rows, int64_t keys, bool has_pictures, Function&& function) {
+  for (;;) {
+    const int64_t threads = prepare_threads(rows, keys);
+    if (has_pictures) {
+      prepare_pictures(shared_);
+      for (auto& own : own_) prepare_pictures(*own);
+    }
+    bool was_prepared = true;
+    ThreadPool::instance().run([&](Worker& worker) {
+      // The number of threads may have been raised since.
+      if (worker.count > threads) {
+        if (worker.index == 0) was_prepared = false;
+        return;
+      }
+      function(worker, rows > kSmallBatch * worker.count);
+    });
+    if (was_prepared) return;
+  }
+}
+
+template <typename Function>
+void Model::for_rows(Worker& worker, bool by_rows, int64_t rows, Function&& function) {
+  if (!by_rows) {
+    Team team = whole_team(worker);
+    function(team, 0, rows);
+    return;
+  }
+  Team team = single_team(worker);
+  const auto [first, last] = worker.share(rows);
+  for (int64_t start = first; start < last; start += kRowsAtOnce) {
+    function(team, start, std::min(kRowsAtOnce, last - start));
+  }
+}
 
 }  // namespace bitgen

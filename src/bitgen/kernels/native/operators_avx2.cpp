@@ -1,9 +1,9 @@
 // The float operators for processors with AVX2 and FMA.
-#include "operators_tables.h"
-
-#include <immintrin.h>
 #include <math.h>
 #include <string.h>
+
+#include "operators_tables.h"
+#include "x86_vectors.h"
 
 namespace bitgen {
 namespace avx2_operators {

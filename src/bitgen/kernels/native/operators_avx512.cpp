@@ -1,15 +1,9 @@
 // The float operators for processors with AVX-512 (F, BW, DQ, VL).
-#include "operators_tables.h"
-
-#if defined(__GNUC__) && !defined(__clang__)
-// The headers of GCC 12 and before read themselves what they do not set.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-
-#include <immintrin.h>
 #include <math.h>
 #include <string.h>
+
+#include "operators_tables.h"
+#include "x86_vectors.h"
 
 namespace bitgen {
 namespace avx512_operators {
