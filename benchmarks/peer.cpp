@@ -14,6 +14,10 @@
 
 #include "llama.h"
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/resource.h>
+#endif
+
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -135,6 +139,16 @@ private:
     llama_context* context_ = nullptr;
 };
 
+// bitnet.cpp keeps the results of a product on the stack: 8 MB for 512 tokens of the largest model.
+void allow_a_large_stack() {
+#if defined(__unix__) || defined(__APPLE__)
+    rlimit limit{};
+    if (getrlimit(RLIMIT_STACK, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return;
+    limit.rlim_cur = std::max<rlim_t>(limit.rlim_cur, std::min<rlim_t>(limit.rlim_max, 64 << 20));
+    setrlimit(RLIMIT_STACK, &limit);
+#endif
+}
+
 template <class Function>
 double seconds_of(Function function) {
     const auto started = std::chrono::steady_clock::now();
@@ -183,6 +197,7 @@ int main(int argc, char** argv) {
         return 2;
     }
     try {
+        allow_a_large_stack();
         llama_log_set([](ggml_log_level level, const char* text, void*) {
             if (level == GGML_LOG_LEVEL_ERROR) std::fputs(text, stderr);
         }, nullptr);
