@@ -96,9 +96,10 @@ class Compiler:
     def flags(self, instruction_set: InstructionSet | None) -> list[str]:
         """All flags of a compilation."""
         extra = [] if instruction_set is None else list(instruction_set.flags)
+        # Without contraction x * y + z rounds twice, as in PyTorch, unless the source says fma.
         return [
             "-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
-            "-Wall", "-Wextra", "-pthread", *self.target_flags, *extra,
+            "-ffp-contract=off", "-Wall", "-Wextra", "-pthread", *self.target_flags, *extra,
         ]  # fmt: skip
 
     def compile(self, source: Path, target: Path, flags: list[str], defines: list[str]) -> None:

@@ -171,6 +171,14 @@ def _declare(library: ctypes.CDLL) -> None:
             [ctypes.POINTER(QuantizedRows), ctypes.POINTER(Int8Matrix), pointer, pointer],
         ),
     }
+    measurements: dict[str, list[Any]] = {
+        "bitgen_time_reading": [pointer, number, number],
+        "bitgen_time_multiplying": [number, ctypes.POINTER(number)],
+        "bitgen_time_ternary_product": [
+            ctypes.POINTER(QuantizedRows), ctypes.POINTER(TernaryMatrix), number, number, pointer
+        ],
+    }  # fmt: skip
+    signatures |= {name: (ctypes.c_double, arguments) for name, arguments in measurements.items()}
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

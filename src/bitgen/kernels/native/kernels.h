@@ -67,6 +67,9 @@ struct Kernels {
   // float(sum) * (matrix.row_scale / x.scale)
   void (*int8_product)(const QuantizedRows* x, const Int8Matrix* matrix, int64_t first_tile,
                        int64_t last_tile, float* out, int64_t out_stride);
+  // For measurements: reads memory, and multiplies registers as often as it says.
+  int64_t (*read_bytes)(const uint8_t* data, int64_t bytes);
+  int64_t (*multiply_registers)(const uint8_t* operands, int64_t iterations, int32_t* result);
 };
 
 // The fastest table that this processor and this build have, unless the environment variable

@@ -20,12 +20,13 @@ constexpr int kInPlace = 1;
 constexpr int64_t kDirect = 12;
 constexpr int64_t kDirectInputs = 1024;  // both halves of a tile are read while they are cached
 
-BITGEN_INLINE Sums dot_add(Sums sum, Vector unsigned_bytes, Vector signed_bytes) {
-  return _mm256_dpbusd_avx_epi32(sum, unsigned_bytes, signed_bytes);
+BITGEN_INLINE DotSums dot_add(DotSums sum, Vector unsigned_bytes, Vector signed_bytes) {
+  return (DotSums)_mm256_dpbusd_avx_epi32((__m256i)sum, unsigned_bytes, signed_bytes);
 }
 
 #include "products_vnni.inc"
 #include "products_blocked.inc"
+#include "products_measure.inc"
 #include "products_table.inc"
 
 }  // namespace

@@ -16,7 +16,7 @@ namespace {
 #include "products_common.inc"
 
 using Vector = int8x16_t;
-using Sums = int32x4_t;
+using DotSums = int32x4_t;
 
 constexpr int kTokens = 4;
 constexpr int kVectors = 4;
@@ -26,7 +26,7 @@ constexpr int64_t kDirectInputs = 1024;  // all parts of a tile are read while t
 
 BITGEN_INLINE Vector load(const uint8_t* source) { return vreinterpretq_s8_u8(vld1q_u8(source)); }
 BITGEN_INLINE void store(uint8_t* target, Vector v) { vst1q_u8(target, vreinterpretq_u8_s8(v)); }
-BITGEN_INLINE Sums zero() { return vdupq_n_s32(0); }
+BITGEN_INLINE Vector zero() { return vdupq_n_s8(0); }
 BITGEN_INLINE Vector broadcast(const int8_t* four) {
   int32_t value;
   memcpy(&value, four, sizeof value);
@@ -39,8 +39,22 @@ BITGEN_INLINE Vector shift_bytes(Vector v) {
 BITGEN_INLINE Vector bit_and(Vector v, int mask) {
   return vandq_s8(v, vdupq_n_s8(static_cast<int8_t>(mask)));
 }
+// From here on the compiler does not know what is in it.
+BITGEN_INLINE void hide(Vector& v) {
+#if defined(__GNUC__)
+  __asm__("" : "+w"(v));
+#else
+  static_cast<void>(v);
+#endif
+}
+BITGEN_INLINE Vector bit_xor(Vector a, Vector b) { return veorq_s8(a, b); }
+BITGEN_INLINE DotSums add(DotSums a, DotSums b) { return vaddq_s32(a, b); }
+BITGEN_INLINE DotSums fill(int32_t value) { return vdupq_n_s32(value); }
+BITGEN_INLINE DotSums load_sums(const int32_t* sums) { return vld1q_s32(sums); }
+BITGEN_INLINE void store_sums(int32_t* sums, DotSums v) { vst1q_s32(sums, v); }
 
 struct TernaryShifted {
+  using Sums = DotSums;
   static constexpr int64_t kInputs = kChunkInputs;
   static constexpr int64_t kBlockInputs = kDirectInputs;
   static constexpr int kAccumulators = 1;
@@ -55,9 +69,7 @@ struct TernaryShifted {
     return vdotq_s32(sum, codes, x);
   }
   static BITGEN_INLINE Sums total(const Sums (&acc)[kAccumulators]) { return acc[0]; }
-  static BITGEN_INLINE void flush(int32_t* sums, Sums total) {
-    vst1q_s32(sums, vaddq_s32(vld1q_s32(sums), total));
-  }
+  static BITGEN_INLINE DotSums to_32_bits(Sums total) { return total; }
 };
 
 // The highest field in place would be negative, so that one is shifted.
@@ -70,8 +82,7 @@ struct TernaryInPlace : TernaryShifted {
     else return bit_and(codes, 3 << (2 * f));
   }
   static BITGEN_INLINE Sums total(const Sums (&acc)[kAccumulators]) {
-    return vaddq_s32(vaddq_s32(acc[0], acc[3]),
-                     vaddq_s32(vshrq_n_s32(acc[1], 2), vshrq_n_s32(acc[2], 4)));
+    return add(add(acc[0], acc[3]), add(vshrq_n_s32(acc[1], 2), vshrq_n_s32(acc[2], 4)));
   }
 };
 
@@ -88,6 +99,7 @@ constexpr int32_t kInt8Offset = 0;
 using Int8 = TernaryUnpacked;
 
 #include "products_blocked.inc"
+#include "products_measure.inc"
 #include "products_table.inc"
 
 }  // namespace
