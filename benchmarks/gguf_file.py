@@ -19,9 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
 from bitgen.config import BitGenConfig
 from bitgen.model.bitgen import BitGenModel
+from bitgen.model.norm import RMSNorm
 from bitgen.model.ternary import PackedTernaryLinear, TernaryLinear
 
 ALIGNMENT = 32
@@ -65,7 +67,8 @@ def _four_codes_a_byte(codes: Bytes, block: int, first_is_lowest: bool) -> Bytes
     parts = codes.reshape(len(codes), -1, 4, block // 4)
     if not first_is_lowest:
         parts = parts[:, :, ::-1]
-    packed: Bytes = parts[:, :, 0] | parts[:, :, 1] << 2 | parts[:, :, 2] << 4 | parts[:, :, 3] << 6
+    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
+    packed: Bytes = np.bitwise_or.reduce(parts << shifts, axis=2)
     return packed
 
 
@@ -125,7 +128,7 @@ def write_text_tower(
 
     Args:
         path: the file.
-        model: ternary, trained or packed, without experts.
+        model: ternary, trained or packed, with a float embedding, without experts.
         architecture: the name by which the program knows the graph.
         ternary_type: of `TERNARY_TYPES`.
         embedding_type: of `EMBEDDING_TYPES`.
@@ -153,14 +156,16 @@ def write_text_tower(
             lambda: ternary.encode((packed.ternary() + 1).numpy().astype(np.uint8), scale),
         )
 
+    assert isinstance(decoder.embed_tokens, nn.Embedding), "an int8 embedding has no float values"
     add_float("token_embd.weight", embedding, decoder.embed_tokens.weight.detach().numpy())
     for index in range(model.config.num_layers):
         for theirs, ours in _LAYER_TENSORS.items():
             name, module = f"blk.{index}.{theirs}.weight", modules[f"layers.{index}.{ours}"]
-            if isinstance(module, TernaryLinear | PackedTernaryLinear):
-                add_ternary(name, module)
-            else:
+            if isinstance(module, RMSNorm):
                 add_float(name, FLOAT32, module.weight.detach().numpy())
+            else:
+                assert isinstance(module, TernaryLinear | PackedTernaryLinear)
+                add_ternary(name, module)
     add_float("output_norm.weight", FLOAT32, decoder.norm.weight.detach().numpy())
     return writer.write()
 

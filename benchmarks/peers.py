@@ -79,7 +79,7 @@ from bitgen.model.ternary import PackedTernaryLinear
 COMPARED_TOKENS = 64
 LARGEST_ERROR = 0.15
 """Of the logits, relative; another activation function makes 0.5 and more."""
-ROUNDS = {"nano": 25, "tiny": 25, "small": 15, "base": 11, "large": 5}
+ROUNDS = {"nano": 15, "tiny": 15, "small": 9, "base": 7, "large": 5}
 QUICK_ROUNDS = 2
 SECONDS_OF_REST = 0.01
 """Between two cases, for threads that still spin after their work."""
