@@ -113,7 +113,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--against", choices=CONTENDERS, nargs="*", default=list(CONTENDERS))
     parser.add_argument("--kernels", metavar="PATH", help="avx512-vnni, avx2, ...; the fastest")
     parser.add_argument("--buffer_mb", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--milliseconds", type=float, default=3, help="of one measurement")
     arguments = parser.parse_args()
     if min(*arguments.tokens, *arguments.threads, arguments.rounds, arguments.buffer_mb, 1) < 1:
@@ -174,7 +174,7 @@ def measure(
     buffer: np.ndarray[Any, np.dtype[np.uint8]],
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
-    """The fastest of the rounds of one case, and its share of the limit."""
+    """Times of one case, each the fastest tenth of the rounds, and its share of the limit."""
     torch.set_num_threads(case.threads)
     library.set_threads(case.threads)
     timed: dict[str, Callable[[], float]] = {}
@@ -187,11 +187,12 @@ def measure(
     # Seconds that the hardware takes at least for what one product reads, or multiplies.
     limit = read_limit if case.tokens == 1 else multiply_limit
     timed["limit"] = functools.partial(limit, native, case, buffer)
-    fastest = dict.fromkeys(timed, float("inf"))
+    times: dict[str, list[float]] = {name: [] for name in timed}
     for _ in range(arguments.rounds):
         for name, time_once in timed.items():
-            fastest[name] = min(fastest[name], time_once())
-    limit_seconds, engine = fastest.pop("limit"), fastest["engine"]
+            times[name].append(time_once())
+    fast = {name: sorted(values)[len(values) // 10] for name, values in times.items()}
+    limit_seconds, engine = fast.pop("limit"), fast["engine"]
     has_limit = limit_seconds > 0 and (case.tokens > 1 or case.from_memory)
     return {
         "rows": case.rows,
@@ -199,7 +200,7 @@ def measure(
         "tokens": case.tokens,
         "threads": case.threads,
         "weights": "memory" if case.from_memory else "cache",
-        "seconds": fastest,
+        "seconds": fast,
         "gigabytes_per_second": packed_size(case) / engine / 1e9,
         "gigaoperations_per_second": 2 * case.tokens * case.rows * case.columns / engine / 1e9,
         "limit_seconds": limit_seconds,
