@@ -27,9 +27,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 try:
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface
@@ -42,8 +41,8 @@ OBJECTS = Path("build/native")
 SOURCE_SUFFIXES = (".cpp", ".h", ".inc")
 
 
-@dataclass(frozen=True)
-class InstructionSet:
+# Not a dataclass: hatchling executes this file without entering it into sys.modules.
+class InstructionSet(NamedTuple):
     """One kind of file: its architecture and the flags of GCC and Clang, and of MSVC."""
 
     architecture: str
@@ -66,7 +65,7 @@ INSTRUCTION_SETS = {
 _ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 
 
-class BuildFailed(Exception):
+class BuildFailed(RuntimeError):
     """The library cannot be built here; the message says why."""
 
 
@@ -96,9 +95,10 @@ class Compiler:
     def flags(self, instruction_set: InstructionSet | None) -> list[str]:
         """All flags of a compilation."""
         extra = [] if instruction_set is None else list(instruction_set.flags)
+        # Without contraction x * y + z rounds twice, as in PyTorch, unless the source says fma.
         return [
             "-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
-            "-Wall", "-Wextra", "-pthread", *self.target_flags, *extra,
+            "-ffp-contract=off", "-Wall", "-Wextra", "-pthread", *self.target_flags, *extra,
         ]  # fmt: skip
 
     def compile(self, source: Path, target: Path, flags: list[str], defines: list[str]) -> None:

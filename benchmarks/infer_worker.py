@@ -31,7 +31,10 @@ def main() -> None:
         arguments.model, device="cpu", backend=arguments.backend, threads=arguments.threads
     )
     if arguments.bfloat16:
-        to_bfloat16(model)
+        import torch
+        from models import convert
+
+        convert(model, torch.bfloat16)
     options = {"max_tokens": arguments.max_tokens, "batch_size": arguments.batch_size}
     model.caption(arguments.images[: arguments.batch_size], **options)
     started = time.perf_counter()
@@ -44,16 +47,6 @@ def main() -> None:
         "torch_imported": "torch" in sys.modules,
     }
     sys.stdout.write(json.dumps(figures) + "\n")
-
-
-def to_bfloat16(model: BitGen) -> None:
-    """Weights, activations and cache in bfloat16; the picture is prepared in float32 as always."""
-    import torch
-
-    net = model.model.to(torch.bfloat16)
-    net.image_encoder.register_forward_pre_hook(
-        lambda _, inputs: (inputs[0].to(torch.bfloat16), *inputs[1:])
-    )
 
 
 def peak_bytes() -> int:

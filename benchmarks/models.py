@@ -13,6 +13,7 @@ from bitgen.dataset.robots import Robot, catalog_to_json, load_catalog
 from bitgen.dataset.tokenizer import Tokenizer
 from bitgen.errors import InputError
 from bitgen.export.safetensors import export_safetensors, load_artifact
+from bitgen.inference.predictor import BitGen
 from bitgen.model.bitgen import BitGenModel
 from bitgen.model.int8_embedding import Int8Embedding
 from bitgen.model.ternary import PackedTernaryLinear
@@ -64,6 +65,14 @@ def export_twin(artifact: Path, directory: Path) -> Path:
     twin = directory / "full-precision.safetensors"
     export_safetensors(twin_run, twin)
     return twin
+
+
+def convert(model: BitGen, dtype: torch.dtype) -> None:
+    """Weights, activations and cache in a dtype; a picture is prepared in float32 as always."""
+    net = model.model.to(dtype)
+    net.image_encoder.register_forward_pre_hook(
+        lambda _, inputs: (inputs[0].to(dtype), *inputs[1:])
+    )
 
 
 def write_random_run(run_dir: Path, model_size: str, seed: int = 0) -> None:

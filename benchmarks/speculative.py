@@ -89,7 +89,7 @@ def train_on_scenes(directory: Path, max_steps: int) -> tuple[Path, Path]:
 
 
 def measure(arguments: argparse.Namespace, model_path: Path, image_dir: Path) -> int:
-    model = BitGen.load(model_path)
+    model = BitGen.load(model_path, backend="torch")
     if model.config.predict_tokens == 1:
         raise InputError(
             f"{model_path} has no future token heads.", remedy="Train with --predict_tokens 4."

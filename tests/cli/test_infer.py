@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -182,6 +183,67 @@ def test_backends_answer_alike_and_pytorch_says_why_it_runs(
     refused = run(*arguments, "--backend", "native")
     assert (refused.code, refused.stdout) == (2, "")
     assert "There is no library." in refused.stderr and "Build it." in refused.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+@pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=needs_library)])
+def test_an_interrupt_ends_a_folder_at_once_and_cleanly(
+    exported: Path, pictures: list[Path], backend: str
+) -> None:
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "bitgen", "infer", *map(str, pictures * 200)),
+            *("--model", str(exported), "--backend", backend, "--json", "--batch_size", "4"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT / "src"), "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    first = json.loads(process.stdout.readline())
+    assert first["image"] == str(pictures[0])
+    process.send_signal(signal.SIGINT)
+    rest, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert told.split() == ["error:", "Interrupted."]
+    lines = [json.loads(line) for line in rest.splitlines()]
+    assert len(lines) < 200 * len(pictures) - 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="opens a pseudo terminal")
+def test_a_terminal_shows_progress_beside_answers_that_go_elsewhere(
+    trained: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    import pty
+
+    master, slave = pty.openpty()
+    answers = tmp_path / "answers.jsonl"
+    with answers.open("w") as file:
+        finished = subprocess.run(
+            [
+                *(sys.executable, "-m", "bitgen", "infer", *map(str, pictures)),
+                *("--model", str(trained), "--json", "--max_tokens", "3"),
+            ],
+            stdout=file,
+            stderr=slave,
+            timeout=120,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(CHECKOUT / "src"),
+                "OMP_NUM_THREADS": "1",
+                "TERM": "xterm",
+                "COLUMNS": "80",
+            },  # fmt: skip
+            check=False,
+        )
+    os.close(slave)
+    shown = os.read(master, 100_000).decode()
+    os.close(master)
+    assert finished.returncode == 0, shown
+    assert f"{len(pictures)}/{len(pictures)} pictures" in shown
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [line["image"] for line in lines] == [str(path) for path in pictures]
 
 
 def test_prompt_and_beams(run, trained: Path, pictures: list[Path]) -> None:

@@ -4,9 +4,10 @@
                                      -> generate / Generator            <+- prompts
                                      -> forward (logits, states), score_robots
 
-The tensors are those of an exported file, by the same names: ternary layers as `NAME.packed` (tiles,
-see docs/format.md) and `NAME.scale`, the embedding as float32 or as int8 tiles with row scales,
-everything else float32. They are used where they lie and never copied, so that a file can be mapped.
+The tensors are those of an exported file, by the same names: ternary layers as `NAME.packed`
+(tiles, see docs/format.md) and `NAME.scale`, the embedding as float32 or as int8 tiles with row
+scales, everything else float32. They are used where they lie and not copied, so that a file can be
+mapped into memory.
 
 The engine computes what `BitGenModel` computes: the same integers in every ternary product, sums of
 floats in another order. It runs models with ternary weights; pictures only by the `vit` encoder.
@@ -26,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitgen.config import ATTENTION_MODES, BitGenConfig
-from bitgen.errors import BitGenError, InputError, ModelFileError
+from bitgen.errors import InputError, ModelFileError
 from bitgen.kernels import library
 
 Floats = npt.NDArray[np.float32]
@@ -512,7 +513,7 @@ class _EngineConfig(ctypes.Structure):
 def _engine_config(config: BitGenConfig) -> _EngineConfig:
     values: dict[str, Any] = {
         name: getattr(config, name)
-        for name, _ in _EngineConfig._fields_
+        for name in (field[0] for field in _EngineConfig._fields_)
         if name not in ("attention_mode", "num_robots", "image_mean", "image_std")
     }
     values["attention_mode"] = ATTENTION_MODES.index(config.attention_mode)

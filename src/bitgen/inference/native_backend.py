@@ -193,9 +193,9 @@ class NativeBackend:
             at_work.pop(number).generation = Generation(
                 generation.tokens, generation.log_probability, generation.finished
             )
-            fill()
             while in_order and in_order[0].generation is not None:
                 yield in_order.popleft().reply()
+            fill()
 
     def _rows(self, batch: Sequence[Request], task: TaskRequest | None) -> list[_Row]:
         """Read pictures and, with a task, rank the robots for it."""
@@ -228,7 +228,8 @@ class NativeBackend:
             self._robots_RC = self._engine.encode_robots(robots.ids)
             self._robots = robots
         logits_BR = self._engine.robot_logits(task_ids, images, self._robots_RC, robots.names)
-        probability_BR: np.ndarray = 1 / (1 + np.exp(-logits_BR))
+        with np.errstate(over="ignore"):  # the exponential of what is as good as impossible
+            probability_BR: np.ndarray = 1 / (1 + np.exp(-logits_BR))
         return probability_BR
 
 

@@ -10,8 +10,10 @@
 #else
 #define BITGEN_PREFETCH(place) static_cast<void>(place)
 #endif
+#define BITGEN_PREFETCH_TO_WRITE(place) BITGEN_PREFETCH(place)
 #else
 #define BITGEN_PREFETCH(place) __builtin_prefetch(place)
+#define BITGEN_PREFETCH_TO_WRITE(place) __builtin_prefetch(place, 1)
 #define BITGEN_INLINE inline __attribute__((always_inline))
 #if defined(__clang__)
 #define BITGEN_UNROLL _Pragma("clang loop unroll(full)")

@@ -23,7 +23,8 @@ using DotSums = __m512i;
 constexpr int kTokens = 8;
 constexpr int kVectors = 2;
 constexpr int kInPlace = 2;
-constexpr int64_t kDirect = 32;
+// Taking codes apart keeps pace with the products: unpacking once for all rows was 5% slower (Zen 4).
+constexpr int64_t kDirect = int64_t{1} << 40;
 constexpr int64_t kDirectInputs = int64_t{1} << 40;  // sums never overflow, a tile is one stream
 
 BITGEN_INLINE Vector load(const uint8_t* source) { return _mm512_loadu_si512(source); }
