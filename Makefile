@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+# The C++ kernels, built again when their sources change; without a compiler BitGen does without.
+BUILT := $(VENV)/native
 # The lower bounds of pyproject.toml; torch before 2.3 was built for NumPy 1.
 OLD_TORCH := 2.2
 OLD_REQUIREMENTS := "torch==$(OLD_TORCH).*" "torchvision==0.17.*" "numpy<2"
@@ -15,20 +17,24 @@ OLD_VENV := .venv-torch-$(OLD_TORCH)
 
 .PHONY: all demo test test-fast test-old-torch run-on-old-torch coverage lint format clean
 
-all: $(STAMP)
+all: $(BUILT)
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,hf]"
 	touch $@
 
-demo: $(STAMP)
+$(BUILT): $(STAMP) hatch_build.py $(wildcard src/bitgen/kernels/native/*)
+	-$(BIN)/python hatch_build.py
+	touch $@
+
+demo: $(BUILT)
 	$(BIN)/bitgen demo --overwrite
 
-test: $(STAMP)
+test: $(BUILT)
 	$(BIN)/python -m pytest
 
-test-fast: $(STAMP)
+test-fast: $(BUILT)
 	$(BIN)/python -m pytest -m "not slow"
 
 # Torch 2.2 was published for Python 3.8 to 3.12. With a newer one this says so, and fails where the
@@ -55,7 +61,7 @@ $(OLD_VENV)/installed: pyproject.toml
 		--editable ".[dev]" $(OLD_REQUIREMENTS)
 	touch $@
 
-coverage: $(STAMP)
+coverage: $(BUILT)
 	$(BIN)/python -m pytest tests/model --quiet --cov-branch --cov-report=term-missing \
 		--cov-fail-under=98 --cov=bitgen.model.masks --cov=bitgen.model.cache \
 		--cov=bitgen.model.attention
@@ -70,4 +76,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLD_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLD_VENV) build dist src/bitgen/kernels/_native.* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -27,9 +27,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 try:
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface
@@ -42,8 +41,8 @@ OBJECTS = Path("build/native")
 SOURCE_SUFFIXES = (".cpp", ".h", ".inc")
 
 
-@dataclass(frozen=True)
-class InstructionSet:
+# Not a dataclass: hatchling executes this file without entering it into sys.modules.
+class InstructionSet(NamedTuple):
     """One kind of file: its architecture and the flags of GCC and Clang, and of MSVC."""
 
     architecture: str

@@ -18,18 +18,18 @@ import torch
 
 from bitgen import __version__
 from bitgen.cli.infer import find_images
+from bitgen.cli.system import cpu_name
 from bitgen.console import console
 from bitgen.dataset.images import available_cpus
 from bitgen.errors import BitGenError, InputError
 
-_CPU_INFO = Path("/proc/cpuinfo")
 _Case = TypeVar("_Case")
 
 
 def describe_machine() -> dict[str, Any]:
     """Processor, cores that this process may use, torch and its threads: JSON values."""
     machine: dict[str, Any] = {
-        "cpu": _cpu_model(),
+        "cpu": cpu_name(),
         "cores": available_cpus(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -40,14 +40,6 @@ def describe_machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     return machine
-
-
-def _cpu_model() -> str:
-    if _CPU_INFO.is_file():
-        for line in _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def make_parser(documentation: str | None) -> argparse.ArgumentParser:

@@ -3,10 +3,10 @@
     python benchmarks/export_equality.py --model runs/tiny --images data/coco/val2017
 
 The run is exported to temporary files, packed at 2 bits a ternary weight and at 1.6. Four models
-caption the same pictures greedily: the run with the layers it was trained with, the run with packed
-weights (what `bitgen infer` uses), and the files. A caption counts as equal if all token ids and
-the log-probability, bit by bit, are those of the training layers. The size of a file is set against
-its bits a ternary weight plus the float parts.
+caption the same pictures greedily, all in PyTorch: the run with the layers it was trained with, the
+run with packed weights, and the files (benchmarks/native_equality.py compares the native engine). A
+caption counts as equal if all token ids and the log-probability, bit by bit, are those of the
+training layers. The size of a file is set against its bits a ternary weight plus the float parts.
 
 Fails if one caption differs.
 """
@@ -35,15 +35,19 @@ def main() -> int:
     images = first_images(arguments.images, arguments.num_images)
     with tempfile.TemporaryDirectory(prefix="bitgen-export-") as temporary:
         models = {
-            "training layers": BitGen.load(arguments.model, arguments.device, packed=False),
-            "packed run": BitGen.load(arguments.model, arguments.device),
+            "training layers": BitGen.load(
+                arguments.model, arguments.device, packed=False, backend="torch"
+            ),
+            "packed run": BitGen.load(arguments.model, arguments.device, backend="torch"),
         }
         is_ternary = models["packed run"].config.quantization == "ternary"
         reports = {}
         for packing in PACKINGS if is_ternary else PACKINGS[:1]:
             artifact = Path(temporary) / f"{packing}.safetensors"
             reports[packing] = export_safetensors(arguments.model, artifact, packing=packing)
-            models[f"file, {packing} bits"] = BitGen.load(artifact, arguments.device)
+            models[f"file, {packing} bits"] = BitGen.load(
+                artifact, arguments.device, backend="torch"
+            )
         captions = {
             name: describe(model, images, arguments, name) for name, model in models.items()
         }

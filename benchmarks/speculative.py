@@ -28,7 +28,8 @@ from bitgen.config import TrainingConfig
 from bitgen.console import console
 from bitgen.dataset.scenes import write_scenes
 from bitgen.errors import InputError
-from bitgen.inference.predictor import BitGen, Caption, picture_pixels
+from bitgen.inference.pipeline import picture_pixels
+from bitgen.inference.predictor import BitGen, Caption
 from bitgen.training.setup import DataSources, prepare_training
 
 MODES = {"plain": False, "speculative": True}
@@ -88,7 +89,7 @@ def train_on_scenes(directory: Path, max_steps: int) -> tuple[Path, Path]:
 
 
 def measure(arguments: argparse.Namespace, model_path: Path, image_dir: Path) -> int:
-    model = BitGen.load(model_path)
+    model = BitGen.load(model_path, backend="torch")
     if model.config.predict_tokens == 1:
         raise InputError(
             f"{model_path} has no future token heads.", remedy="Train with --predict_tokens 4."

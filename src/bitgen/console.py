@@ -188,7 +188,13 @@ class ProgressBar:
         from rich.live import Live
 
         _live_console = _rich_console(sys.stderr)
-        self._live = Live(self, console=_live_console, refresh_per_second=REDRAWS_A_SECOND)
+        # What a program reads stays on stdout: rich would send it where the bar is.
+        self._live = Live(
+            self,
+            console=_live_console,
+            refresh_per_second=REDRAWS_A_SECOND,
+            redirect_stdout=sys.stdout.isatty(),
+        )
         self._live.start(refresh=True)
 
     def _line(self, width: int, ascii_only: bool) -> Text:

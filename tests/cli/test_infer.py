@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,28 @@ from bitgen.dataset.robots import load_catalog
 from bitgen.export.safetensors import load_artifact
 from bitgen.inference.heatmap import group_words
 from bitgen.inference.predictor import BitGen
+from bitgen.kernels import library
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 TASK = "Bring back the red ball."
+
+needs_library = pytest.mark.skipif(
+    not library.is_usable(), reason=f"needs the C++ library: {library.describe().reason}"
+)
+
+# What an exported file must be answered without.
+WITHOUT_TORCH = """
+import sys
+
+class Refuser:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "torchvision", "matplotlib", "transformers", "scipy"}:
+            raise AssertionError(f"{name} was imported")
+
+sys.meta_path.insert(0, Refuser())
+from bitgen.cli.app import main
+main(sys.argv[1:])
+"""
 
 
 @pytest.fixture(scope="session")
@@ -118,6 +138,114 @@ def test_drawing_words_is_repeatable_by_seed(run, trained: Path, pictures: list[
     assert caption(1) != caption(2)
 
 
+@needs_library
+def test_an_exported_file_needs_no_torch(exported: Path, pictures: list[Path]) -> None:
+    """Captions, robots, beams, drawn words and help by the installed command's own start."""
+    for options in (
+        ("--task", TASK, "--json", "--debug"),
+        ("--beam_size", "2", "--prompt", "A"),
+        ("--temperature", "1", "--seed", "3", "--batch_size", "2", "--threads", "1"),
+    ):
+        finished = subprocess.run(
+            [
+                *(sys.executable, "-c", WITHOUT_TORCH, "infer", *map(str, pictures[:3])),
+                *("--model", str(exported), "--max_tokens", "4", *options),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, "PYTHONPATH": str(CHECKOUT / "src"), "OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+        assert finished.returncode == 0, finished.stderr
+        assert len(finished.stdout.splitlines()) >= 3
+        assert ("native engine" in finished.stderr) == ("--debug" in options)
+
+
+def test_backends_answer_alike_and_pytorch_says_why_it_runs(
+    run, exported: Path, trained: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("infer", *pictures, "--json", "--max_tokens", 5, "--model", exported)
+    by_torch = run(*arguments, "--backend", "torch", "--debug", "--threads", 1)
+    assert by_torch.code == 0 and by_torch.stderr == "Runs in PyTorch.\n"
+    default = run(*arguments).json_lines()
+    assert [line["caption"] for line in default] == [
+        line["caption"] for line in by_torch.json_lines()
+    ]
+
+    def missing() -> None:
+        raise library.KernelsError("There is no library.", remedy="Build it.")
+
+    monkeypatch.setattr(library, "load", missing)
+    told = run(*arguments, "--debug")
+    assert (told.code, told.stdout) == (0, by_torch.stdout)
+    assert told.stderr == "Runs in PyTorch: There is no library.\n"
+    refused = run(*arguments, "--backend", "native")
+    assert (refused.code, refused.stdout) == (2, "")
+    assert "There is no library." in refused.stderr and "Build it." in refused.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+@pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=needs_library)])
+def test_an_interrupt_ends_a_folder_at_once_and_cleanly(
+    exported: Path, pictures: list[Path], backend: str
+) -> None:
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "bitgen", "infer", *map(str, pictures * 200)),
+            *("--model", str(exported), "--backend", backend, "--json", "--batch_size", "4"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT / "src"), "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    first = json.loads(process.stdout.readline())
+    assert first["image"] == str(pictures[0])
+    process.send_signal(signal.SIGINT)
+    rest, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert told.split() == ["error:", "Interrupted."]
+    lines = [json.loads(line) for line in rest.splitlines()]
+    assert len(lines) < 200 * len(pictures) - 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="opens a pseudo terminal")
+def test_a_terminal_shows_progress_beside_answers_that_go_elsewhere(
+    trained: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    import pty
+
+    master, slave = pty.openpty()
+    answers = tmp_path / "answers.jsonl"
+    with answers.open("w") as file:
+        finished = subprocess.run(
+            [
+                *(sys.executable, "-m", "bitgen", "infer", *map(str, pictures)),
+                *("--model", str(trained), "--json", "--max_tokens", "3"),
+            ],
+            stdout=file,
+            stderr=slave,
+            timeout=120,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(CHECKOUT / "src"),
+                "OMP_NUM_THREADS": "1",
+                "TERM": "xterm",
+                "COLUMNS": "80",
+            },  # fmt: skip
+            check=False,
+        )
+    os.close(slave)
+    shown = os.read(master, 100_000).decode()
+    os.close(master)
+    assert finished.returncode == 0, shown
+    assert f"{len(pictures)}/{len(pictures)} pictures" in shown
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [line["image"] for line in lines] == [str(path) for path in pictures]
+
+
 def test_prompt_and_beams(run, trained: Path, pictures: list[Path]) -> None:
     line = run(
         *("infer", pictures[0], "--model", trained, "--json", "--prompt", "A red"),
@@ -194,6 +322,11 @@ def test_pictures_that_cannot_be_read(
         (["{picture}", "--top_p", "2"], "top_p"),
         (["{picture}", "--max_tokens", "0"], "max_tokens"),
         (["{picture}", "--device", "abacus"], "abacus"),
+        (["{picture}", "--backend", "loom"], "loom"),
+        (["{picture}", "--threads", "0"], "threads must be"),
+        (["{picture}", "--backend", "native", "--device", "cuda"], "native engine"),
+        (["{picture}", "--backend", "native", "--attention_window", "9"], "native engine"),
+        (["{picture}", "--backend", "native", "--heatmap", "maps"], "--heatmap"),
     ],
 )
 def test_requests_that_cannot_be(
@@ -426,6 +559,7 @@ def test_speculative_decoding_says_the_same_and_says_what_it_saved(
 ) -> None:
     heads, dropped = make_run("heads", predict_tokens=4), tmp_path / "dropped.safetensors"
     infer = ("infer", *pictures[:2], "--model", heads, "--json", "--max_tokens", 12)
+    infer = (*infer, "--backend", "torch")
     plain = run(*infer, "--no_speculative").json_lines()
     for finished in (run(*infer), run(*infer, "--speculative")):
         for line, other in zip(finished.json_lines(), plain, strict=True):

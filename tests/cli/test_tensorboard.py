@@ -113,7 +113,7 @@ def test_the_log_says_what_the_run_recorded(train: Train, scenes: Path) -> None:
             assert sum(event.value for event in events) == pytest.approx(1, abs=1e-5)
 
     # The captions are those that the checkpoint of the same step gives.
-    model = BitGen.load(run_dir / "checkpoints" / "step_000004", device="cpu")
+    model = BitGen.load(run_dir / "checkpoints" / "step_000004", "cpu", backend="torch")
     captions = json.loads((scenes / "annotations" / "captions_val2017.json").read_text())
     rows = table(log, step=4)
     assert len(rows) == NUM_SAMPLES

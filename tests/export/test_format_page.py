@@ -8,6 +8,7 @@ from __future__ import annotations
 import doctest
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitgen.config import BitGenConfig
-from bitgen.export.artifact import read_header, write_artifact
+from bitgen.config import MODEL_SIZES, BitGenConfig
+from bitgen.export.artifact import EMBEDDINGS, PACKINGS, read_header, write_artifact
 from bitgen.export.safetensors import export_safetensors
 from bitgen.kernels.tiles import (
     int8_tile_shape,
@@ -69,9 +70,7 @@ def test_the_rules_of_the_page_read_matrices_of_many_tiles(
 def rows_of_tables(has_experts: bool) -> Iterator[tuple[str, str, str]]:
     """Name, kind and shape of each row that stands for tensors of such a model."""
     page = PAGE.read_text("utf-8").partition("## Which tensors there are")[2]
-    both, dense, experts = page.partition("## What a reader")[0].split("| name | kind | shape |")[
-        1:
-    ]
+    both, dense, experts = page.partition("## Accuracy")[0].split("| name | kind | shape |")[1:]
     for table in (both, experts if has_experts else dense):
         for name, kind, shape in re.findall(r"^\| `(.*?)` \| (\w+) \| (.*?) ?\|$", table, re.M):
             yield name, kind, shape.strip("`")
@@ -146,6 +145,21 @@ def test_tables_name_every_tensor(
     header = read_header(path)
     found = {name: stored.shape for name, stored in header.tensors.items()}
     assert found == expected_tensors(header.config, packing, embedding)
+
+
+@pytest.mark.parametrize("size", MODEL_SIZES)
+def test_bytes_of_the_page_are_those_of_the_tensors(size: str) -> None:
+    config = BitGenConfig.preset(size)
+    numbers = []
+    for embedding, packing in itertools.product(EMBEDDINGS, PACKINGS):
+        nbytes = 0
+        for name, shape in expected_tensors(config, packing, embedding).items():
+            is_byte = name.endswith((".packed", ".packed_base3", ".tiles"))
+            nbytes += math.prod(shape) * (1 if is_byte else 4)
+        numbers.append(f"{nbytes:,}")
+    page = PAGE.read_text("utf-8").partition("## Accuracy")[2]
+    (row,) = re.findall(rf"^\| {size} \| [\d,]+ \| (.*) \|$", page, re.M)
+    assert row.split(" | ") == numbers
 
 
 def test_metadata_of_the_page_is_that_of_the_file(

@@ -405,7 +405,9 @@ def test_a_beam_of_one_is_greedy() -> None:
             never_V = generation._never_mask(model, NEVER, USED_VOCABULARY)
             read, cache = generation._read_prompts(model, images, PROMPTS, 8, attention_window=0)
             logits_BV = read.logits[:, -1].float()
-            beams = generation._beam_search(model, logits_BV, cache, never_V, EOS, 8, 1, 1.0)
+            beams = generation._beam_search(
+                generation.EagerDecoder(model, cache), logits_BV, never_V, EOS, 8, 1, 1.0
+            )
             greedy = run(model, PROMPTS, images=images)
             assert [(g.tokens, g.finished) for g in beams] == [
                 (g.tokens, g.finished) for g in greedy

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from bitgen.dataset.images import normalize_images, prepare_image
 from bitgen.errors import DiskFullError, InputError
 from bitgen.export.safetensors import export_safetensors
 from bitgen.inference.heatmap import (
@@ -41,6 +42,14 @@ STEP = TILE_SIDE + MARGIN
 def noise(width: int = 70, height: int = 50) -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def normalised_noise(bitgen: BitGen) -> torch.Tensor:
+    """The noise as the model sees it."""
+    config = bitgen.config
+    pixels_3SS = prepare_image(noise(), config.image_size, config.image_resize)
+    pixels_13SS = torch.from_numpy(pixels_3SS[None])
+    return normalize_images(pixels_13SS, config.image_mean, config.image_std)
 
 
 def maps_of(weights_WNGG: np.ndarray, words: list[str] | None = None) -> AttentionMaps:
@@ -110,7 +119,7 @@ def test_maps_are_the_attention_of_the_predicting_position(
         with torch.inference_mode():
             output = bitgen.model(
                 torch.tensor([ids]),
-                images=bitgen._tensor_of([picture]),
+                images=normalised_noise(bitgen),
                 attention_mask=AttentionMask.custom(allowed_SS),
                 return_analysis_data=True,
             )
@@ -169,7 +178,7 @@ def test_the_picture_is_the_one_that_the_model_saw(make_run: MakeRun) -> None:
         bitgen = BitGen.load(make_run(resize, image_resize=resize), device="cpu")
         maps = attention_maps(bitgen, noise(), Caption("", [], [], 0.0))
         config = bitgen.config
-        normalised_3SS = bitgen._tensor_of([noise()])[0].numpy()
+        normalised_3SS = normalised_noise(bitgen)[0].numpy()
         mean, std = (np.array(v)[:, None, None] for v in (config.image_mean, config.image_std))
         pixels_3SS = (normalised_3SS * std + mean) * 255
         np.testing.assert_allclose(maps.picture_SS3.transpose(2, 0, 1), pixels_3SS, atol=0.01)

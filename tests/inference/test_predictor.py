@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from bitgen.dataset.robots import Robot, catalog_to_json, load_catalog
 from bitgen.errors import BitGenError, ImageError, InputError, ModelFileError
 from bitgen.export.safetensors import export_safetensors
 from bitgen.inference.predictor import BitGen
+from bitgen.kernels import library
 from bitgen.model.ternary import PackedTernaryLinear, TernaryLinear
 
 MakeRun = Callable[..., Path]
@@ -45,30 +47,41 @@ def layers_of(bitgen: BitGen, kind: type) -> int:
 @pytest.mark.parametrize(
     "experts", [{}, {"num_experts": 4, "experts_per_token": 2}], ids=["dense", "experts"]
 )
+@pytest.mark.parametrize("backend", ["torch", "native"])
 def test_run_checkpoint_and_artifact_answer_the_same(
-    make_run: MakeRun, tmp_path: Path, pictures: list[Path], experts: dict[str, int]
+    make_run: MakeRun,
+    tmp_path: Path,
+    pictures: list[Path],
+    experts: dict[str, int],
+    backend: str,
 ) -> None:
+    if backend == "native" and not library.is_usable():
+        pytest.skip(f"needs the C++ library: {library.describe().reason}")
+    load = functools.partial(BitGen.load, backend=backend)
     run_dir = make_run(**experts)
     artifact = tmp_path / "model.safetensors"
     export_safetensors(run_dir, artifact)
     checkpoint = run_dir / "checkpoints" / "step_000005"
-    packed = BitGen.load(run_dir)
+    packed = load(run_dir)
     answers = packed.caption(pictures)
     assert len({caption.text for caption in answers}) > 1
     others = [
-        BitGen.load(run_dir, packed=False),
-        BitGen.load(checkpoint),
-        BitGen.load(str(run_dir / "checkpoints" / "best")),
-        BitGen.load(artifact),
+        load(checkpoint),
+        load(str(run_dir / "checkpoints" / "best")),
+        load(artifact),
     ]
+    if backend == "torch":
+        trained = load(run_dir, packed=False)
+        assert layers_of(packed, TernaryLinear) == 0 < layers_of(packed, PackedTernaryLinear)
+        assert layers_of(trained, PackedTernaryLinear) == 0 < layers_of(trained, TernaryLinear)
+        parameters = packed.model.parameters()
+        assert not any(parameter.dtype != torch.float32 for parameter in parameters)
+        others.append(trained)
     task = "carry the box up the stairs"
     for other in others:
         assert other.caption(pictures) == answers
         assert other.caption(pictures, beam_size=3) == packed.caption(pictures, beam_size=3)
         assert other.select_robots(task, pictures[0]) == packed.select_robots(task, pictures[0])
-    assert layers_of(packed, TernaryLinear) == 0 < layers_of(packed, PackedTernaryLinear)
-    assert layers_of(others[0], PackedTernaryLinear) == 0 < layers_of(others[0], TernaryLinear)
-    assert not any(parameter.dtype != torch.float32 for parameter in packed.model.parameters())
 
 
 def test_the_best_checkpoint_is_loaded_and_else_the_last(

@@ -51,15 +51,11 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def hook() -> ModuleType:
-    """hatch_build.py as a module."""
+    """hatch_build.py, executed as hatchling does: without an entry in sys.modules."""
     spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["hatch_build"] = module  # its dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del sys.modules["hatch_build"]
+    spec.loader.exec_module(module)
     return module
 
 

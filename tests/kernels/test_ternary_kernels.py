@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -92,6 +93,16 @@ def test_activation_quantizer_rounds_half_to_even_and_scales_each_token() -> Non
     quantized, scale = quantize_activation(x)
     assert quantized.tolist() == [[127, 2, 4, 0], [-127, 0, 2, 0]]
     assert scale.tolist() == [[1.0], [0.5]]
+
+
+def test_activation_quantizer_rounds_its_scale_twice_as_the_file_format_says() -> None:
+    """Torch divides a number by a tensor in two steps, and docs/format.md tells others so."""
+    x = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
+    largest = x.abs().amax(dim=-1, keepdim=True).numpy()
+    expected = (np.float32(1) / largest) * np.float32(127)
+    quantized, scale = quantize_activation(x)
+    assert np.array_equal(scale.numpy(), expected)
+    assert np.array_equal(quantized.numpy(), np.rint(x.numpy() * expected).astype(np.int8))
 
 
 def test_row_quantizer_rounds_half_to_even_and_scales_each_row() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,13 +16,11 @@ from bitgen.cli.failures import EXIT_BAD_INPUT
 from bitgen.cli.models import model_or_newest_run
 from bitgen.config import DEVICES
 from bitgen.console import console
-from bitgen.errors import ImageError, InputError
+from bitgen.errors import InputError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from bitgen.config import BitGenConfig
-    from bitgen.inference.predictor import Caption, RobotChoice
+    from bitgen.console import ProgressBar
+    from bitgen.inference.predictor import Answer, BitGen, Caption, RobotChoice
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -81,13 +80,26 @@ def infer(
             "--speculative/--no_speculative",
             show_default=False,
             help="Draft several tokens and check them in one call: the same greedy captions, by a"
-            " model of --predict_tokens 2 or more. Default: up to four pictures at a time.",
+            " model of --predict_tokens 2 or more. Default: where PyTorch runs, up to four pictures"
+            " at a time.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch_size", help="Pictures at a time.")] = 16,
     device: Annotated[
         str, typer.Option("--device", metavar="|".join(DEVICES), help="Where to run.")
     ] = "auto",
+    backend: Annotated[
+        str,
+        typer.Option(
+            "--backend",
+            metavar="auto|native|torch",
+            help="native: the CPU, without PyTorch; torch: PyTorch. auto: native where it can.",
+        ),
+    ] = "auto",
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", help="Processor threads. Default: one a core."),
+    ] = None,
     heatmap: Annotated[
         Path | None,
         typer.Option(
@@ -105,8 +117,6 @@ def infer(
 
     A picture that cannot be read is reported, the others go on, and the exit code is 2.
     """
-    if batch_size < 1:
-        raise InputError(f"--batch_size must be at least 1, got {batch_size}.")
     if not images and task is None:
         raise InputError(
             "No picture is given.", remedy="Name files, folders or globs, or ask with --task."
@@ -121,16 +131,34 @@ def infer(
             "--heatmap draws attention over the whole caption, --attention_window cuts it off:"
             " give one of them."
         )
+    if heatmap is not None and backend == "native":
+        raise InputError(
+            "--heatmap draws attention, which the native engine does not give out.",
+            remedy="Leave --backend native out: PyTorch then draws.",
+        )
     source = model_or_newest_run(model)
 
-    from bitgen.inference.predictor import BitGen
+    from bitgen.inference.predictor import BitGen, CaptionOptions
 
+    options = CaptionOptions(
+        beam_size=beam_size,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        attention_window=attention_window,
+        speculative=speculative,
+    )
     folders: list[Path] | list[None] = [None] * len(paths)
     if heatmap is not None:
-        from bitgen.inference.heatmap import attention_maps, draw_maps, patch_grid, plan_folders
+        from bitgen.inference.heatmap import plan_folders
 
         folders = plan_folders(heatmap, paths)
-    bitgen = BitGen.load(source, device=device)
+    bitgen = BitGen.load(source, device=device, backend=backend, threads=threads)
+    if console.debug:
+        console.note(backend_words(bitgen))
     if task is not None and not bitgen.config.robot_names:
         console.warning("This model was trained without robot tasks: its ranking means nothing.")
     reads_only = bitgen.config.attention_mode == "bidirectional"
@@ -140,67 +168,66 @@ def infer(
             remedy="Ask with --task and without --heatmap, or take a model of another"
             " --attention_mode.",
         )
-    grid = None if heatmap is None else patch_grid(bitgen)
+    draw = None if heatmap is None else _map_drawer(bitgen, prompt)
     if not paths:
         assert task is not None
-        _show(Answer(None, None, bitgen.select_robots(task)), json)
+        _show(None, None, bitgen.select_robots(task), json)
         return
     num_bad = 0
-    for start in range(0, len(paths), batch_size):
-        readable = []
-        batch = slice(start, start + batch_size)
-        read = _read_pictures(paths[batch], bitgen.config)
-        for (path, picture), folder in zip(read, folders[batch], strict=True):
-            if isinstance(picture, ImageError):
-                console.error(picture.message, picture.remedy)
+    answers = bitgen.answers(paths, options, prompt=prompt, task=task, captions=not reads_only)
+    with contextlib.closing(answers), _progress(len(paths)) as bar:
+        for number, (path, folder, answer) in enumerate(
+            zip(paths, folders, answers, strict=True), start=1
+        ):
+            if answer.error is not None:
+                console.error(answer.error.message, answer.error.remedy)
                 num_bad += 1
             else:
-                readable.append((path, picture, folder))
-        if not readable:
-            continue
-        pictures = [picture for _, picture, _ in readable]
-        captions: list[Caption] | list[None] = [None] * len(pictures)
-        if not reads_only:
-            captions = bitgen.caption(
-                pictures,
-                prompt=prompt,
-                beam_size=beam_size,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seed,
-                max_tokens=max_tokens,
-                batch_size=batch_size,
-                attention_window=attention_window,
-                speculative=speculative,
-            )
-        ranked: list[list[RobotChoice]] | list[None] = [None] * len(pictures)
-        if task is not None:
-            ranked = bitgen.select_robots_batch(
-                [task] * len(pictures), pictures, batch_size=batch_size
-            )
-        for (path, picture, folder), caption, robots in zip(
-            readable, captions, ranked, strict=True
-        ):
-            _show(Answer(path, caption, robots), json)
-            if folder is None or caption is None:
-                continue
-            sheet = draw_maps(attention_maps(bitgen, picture, caption, prompt, grid), folder)
-            if not json:
-                console.result(f"  heat maps: {sheet}")
+                _show(path, answer.caption, answer.robots, json)
+            if draw is not None and folder is not None and answer.error is None:
+                sheet = draw(answer, folder)
+                if not json:
+                    console.result(f"  heat maps: {sheet}")
+            if bar is not None:
+                bar.update(number, len(paths))
     if num_bad:
         if len(paths) > 1:
             console.error(f"{num_bad} of {len(paths)} pictures could not be read.")
         raise typer.Exit(EXIT_BAD_INPUT)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What is printed for one picture, or for a task without one."""
+def backend_words(bitgen: BitGen) -> str:
+    """Which backend a model runs on and, where it is not the native engine, why."""
+    if bitgen.backend == "native":
+        return "Runs on the native engine."
+    because = f": {bitgen.why_torch}" if bitgen.why_torch else "."
+    return f"Runs in PyTorch{because}"
 
-    image: Path | None
-    caption: Caption | None
-    robots: Sequence[RobotChoice] | None
+
+def _map_drawer(bitgen: BitGen, prompt: str) -> Callable[[Answer, Path], Path]:
+    """Draws the maps of one answer into a folder and returns the sheet of all words."""
+    from PIL import Image
+
+    from bitgen.inference.heatmap import attention_maps, draw_maps, patch_grid
+
+    grid = patch_grid(bitgen)
+
+    def draw(answer: Answer, folder: Path) -> Path:
+        assert answer.caption is not None and answer.pixels_3SS is not None
+        picture = Image.fromarray(answer.pixels_3SS.transpose(1, 2, 0))
+        return draw_maps(attention_maps(bitgen, picture, answer.caption, prompt, grid), folder)
+
+    return draw
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[ProgressBar | None]:
+    """A bar where the answers themselves are not seen: they go to a file or a program."""
+    if total == 1 or sys.stdout.isatty() or not sys.stderr.isatty():
+        yield None
+        return
+    with console.progress("Answering", "pictures") as bar:
+        yield bar
 
 
 def find_images(arguments: Sequence[str]) -> list[Path]:
@@ -239,32 +266,16 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
     return found
 
 
-def _read_pictures(
-    paths: Sequence[Path], config: BitGenConfig
-) -> Iterator[tuple[Path, Image | ImageError]]:
-    """Each file decoded once, already at the model's size, or why it cannot be; in order."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from PIL import Image
-
-    from bitgen.dataset.images import available_cpus, load_image
-
-    def read(path: Path) -> Image.Image | ImageError:
-        try:
-            pixels_3SS = load_image(path, config.image_size, config.image_resize)
-        except ImageError as error:
-            return error
-        return Image.fromarray(pixels_3SS.transpose(1, 2, 0))
-
-    with ThreadPoolExecutor(available_cpus()) as threads:
-        yield from zip(paths, threads.map(read, paths), strict=True)
-
-
-def _show(answer: Answer, json: bool) -> None:
-    caption, robots = answer.caption, answer.robots
+def _show(
+    image: Path | None,
+    caption: Caption | None,
+    robots: Sequence[RobotChoice] | None,
+    json: bool,
+) -> None:
+    """Print what was said of one picture, or of a task without one."""
     if json:
         line: dict[str, Any] = {
-            "image": None if answer.image is None else str(answer.image),
+            "image": None if image is None else str(image),
             "caption": None if caption is None else caption.text,
             "tokens": None if caption is None else caption.tokens,
             "log_probability": None if caption is None else caption.log_probability,
@@ -277,8 +288,8 @@ def _show(answer: Answer, json: bool) -> None:
             ]
         console.json(line)
         return
-    if answer.image is not None:
-        console.result(str(answer.image))
+    if image is not None:
+        console.result(str(image))
     if caption is not None:
         console.result(f"  {caption.text}")
     for robot in robots or ():

@@ -1,4 +1,4 @@
-"""`bitgen info`: what a model holds."""
+"""`bitgen info`: what a model holds, and what this machine runs it with."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 
 from bitgen.cli.models import model_or_newest_run
 from bitgen.console import console, duration, file_size
+from bitgen.errors import InputError
 
 if TYPE_CHECKING:
     from bitgen.inference.inspect import ModelDescription, PartDescription
@@ -24,9 +25,16 @@ def info(
             help="Run folder, checkpoint folder or exported file. Default: the newest run.",
         ),
     ] = None,
+    system: Annotated[
+        bool,
+        typer.Option("--system", help="Show this machine instead: what multiplies, and why."),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print it as one JSON object.")] = False,
 ) -> None:
     """Show parameters by part, bits a weight, bytes, layers, dtype, and what it was trained on."""
+    if system:
+        _show_system(model, json)
+        return
     source = model_or_newest_run(model)
 
     from bitgen.cli.training_run import figure_rows
@@ -108,6 +116,17 @@ def info(
         if value not in (None, [], 0)
     ]
     console.table(("", ""), rows)
+
+
+def _show_system(model: Path | None, json: bool) -> None:
+    from bitgen.cli.system import describe_system, system_rows
+
+    if model is not None:
+        raise InputError(f"--system is about this machine, not about a model; got {model}.")
+    if json:
+        console.json(describe_system())
+    else:
+        console.table(("", ""), system_rows())
 
 
 def _packing_words(found: ModelDescription) -> str:

@@ -15,16 +15,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from bitgen.errors import InputError
+from bitgen.inference.answers import Generation, Speculation
+from bitgen.inference.decoding import Decoder, DecodingGraphs, EagerDecoder
+from bitgen.inference.options import (
+    TEXT_SINKS,
+    check_future_heads,
+    check_lengths,
+    check_options,
+    check_writes,
+)
 from bitgen.model.bitgen import BitGenModel, BitGenOutput
 from bitgen.model.cache import AttentionCache, StaticCache
-
-_TEXT_SINKS = 4
-"""Text tokens that are never forgotten: with fewer, fluency is lost (arXiv 2309.17453, table 2)."""
 
 _MOST_ROWS_BY_DEFAULT = 4
 """Drafts save time in batches up to this (benchmarks/speculative.py); a larger one keeps the
@@ -35,34 +39,6 @@ model so much of its time (on a CPU, nano and tiny, up to 16 rows)."""
 _WORTH_GOING_ON = 0.4
 """Another draft is made where the last one is right with this probability: it costs more than the
 column, and is right less often."""
-
-
-@dataclass(frozen=True)
-class Speculation:
-    """What speculative decoding saved one row."""
-
-    model_calls: int
-    """Calls of the model until the row ended, the prompt's included; without drafts there would be
-    one a token, the end of text included."""
-    drafted: int
-    """Tokens that the future token heads drafted."""
-    accepted: int
-    """Those among them that the model itself would have chosen, up to the row's end."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What one row generated."""
-
-    tokens: list[int]
-    """Token ids, without prompt and without end-of-text token."""
-    log_probability: float
-    """Sum of the natural log-probabilities that the model gives to the tokens and the end of text,
-    over its whole vocabulary and at temperature 1, whatever was used to choose them."""
-    finished: bool
-    """Whether the end of text was generated; False where `max_tokens` cut the row off."""
-    speculation: Speculation | None = None
-    """None where every token took a call of the model."""
 
 
 @torch.inference_mode()
@@ -82,6 +58,7 @@ def generate(
     vocab_size: int | None = None,
     attention_window: int = 0,
     speculative: bool | None = None,
+    graphs: DecodingGraphs | None = None,
 ) -> list[Generation]:
     """Continue each prompt until the end of text or `max_tokens`.
 
@@ -108,6 +85,8 @@ def generate(
         speculative: draft further tokens by the model's future token heads and check them in one
             call (see `_generate_speculatively`): the same greedy tokens, sooner. None does so where
             it can be done and the batch is small.
+        graphs: read token after token by recorded steps of this model (CUDA graphs), which are kept
+            there for later calls; None calls the model. The same answers up to rounding.
 
     Returns:
         One `Generation` a row, in order.
@@ -116,12 +95,9 @@ def generate(
         InputError: an option out of range, options that exclude each other, prompt and
             `max_tokens` that do not fit the model's positions, a bidirectional model, or
             `speculative` with a model without future token heads.
+        BitGenError: a recorded step answers otherwise than the model.
     """
-    if model.config.attention_mode == "bidirectional":
-        raise InputError(
-            "This model's attention is bidirectional: it reads, but cannot write word after word.",
-            remedy="Ask it for robots, or train with attention_mode prefix or causal.",
-        )
+    check_writes(model.config)
     check_options(
         max_tokens=max_tokens,
         beam_size=beam_size,
@@ -131,25 +107,27 @@ def generate(
         top_p=top_p,
         attention_window=attention_window,
         speculative=speculative,
+        cuda_graphs=graphs is not None,
     )
+    check_future_heads(model.config, speculative)
     if speculative is None:
-        is_greedy = beam_size == 1 and temperature == 0 and not attention_window
+        is_greedy = beam_size == 1 and temperature == 0 and not attention_window and graphs is None
         is_small = len(prompt_ids) <= _MOST_ROWS_BY_DEFAULT
         speculative = is_greedy and is_small and len(model.future_heads) > 0
-    elif speculative and not len(model.future_heads):
-        raise InputError(
-            "This model has no future token heads to draft with.",
-            remedy="Leave speculative decoding out, or train with --predict_tokens 2 or more.",
-        )
     if not prompt_ids:
         return []
     image_tokens = model.num_image_tokens if images is not None else 0
-    max_positions = model.config.max_positions
-    if attention_window:
-        _check_window(attention_window, image_tokens, max_positions)
-    _check_lengths(prompt_ids, image_tokens, 1 if attention_window else max_tokens, max_positions)
+    check_lengths(
+        [len(ids) for ids in prompt_ids],
+        image_tokens,
+        max_tokens,
+        model.config.max_positions,
+        attention_window,
+    )
     if images is not None and len(images) != len(prompt_ids):
         raise ValueError(f"{len(images)} images, but {len(prompt_ids)} prompts.")
+    if graphs is not None and graphs.model is not model:
+        raise ValueError("The recorded steps are those of another model.")
     if generators is not None and len(generators) != len(prompt_ids):
         raise ValueError(f"{len(generators)} generators, but {len(prompt_ids)} prompts.")
 
@@ -157,14 +135,27 @@ def generate(
     model.eval()
     try:
         never_V = _never_mask(model, never_ids, vocab_size)
-        read, cache = _read_prompts(model, images, prompt_ids, max_tokens, attention_window)
+        # A recorded step has a cache of its own: the prompts' one needs no room for more.
+        later_tokens = max_tokens - 1
+        room = 0 if graphs is not None else later_tokens
+        read, cache = _read_prompts(model, images, prompt_ids, room, attention_window)
         if speculative:
             assert isinstance(cache, StaticCache)
             return _generate_speculatively(model, read, cache, never_V, eos_id, max_tokens)
         logits_BV = read.logits[:, -1].float()
+        # From here on each row is beam_size rows of the cache.
+        row_N = torch.arange(len(prompt_ids), device=never_V.device).repeat_interleave(beam_size)
+        decoder: Decoder
+        if graphs is not None and later_tokens:
+            assert isinstance(cache, StaticCache)
+            decoder = graphs.decoder(cache, row_N, cache.length + later_tokens)
+        else:
+            decoder = EagerDecoder(model, cache)
+            if beam_size > 1:
+                decoder.reorder(row_N)
         if beam_size > 1:
             return _beam_search(
-                model, logits_BV, cache, never_V, eos_id, max_tokens, beam_size, length_penalty
+                decoder, logits_BV, never_V, eos_id, max_tokens, beam_size, length_penalty
             )
         if temperature > 0:
             sampler = _Sampler(
@@ -172,84 +163,9 @@ def generate(
             )
         else:
             sampler = None
-        return _generate_one_by_one(model, logits_BV, cache, never_V, eos_id, max_tokens, sampler)
+        return _generate_one_by_one(decoder, logits_BV, never_V, eos_id, max_tokens, sampler)
     finally:
         model.train(was_training)
-
-
-def check_options(
-    *,
-    max_tokens: int,
-    beam_size: int,
-    length_penalty: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    attention_window: int = 0,
-    speculative: bool | None = None,
-) -> None:
-    """Raise InputError for generation options out of range or excluding each other."""
-    if max_tokens < 1:
-        raise InputError(f"max_tokens must be at least 1, got {max_tokens}.")
-    if beam_size < 1:
-        raise InputError(f"beam_size must be at least 1, got {beam_size}.")
-    if not abs(length_penalty) < float("inf"):
-        raise InputError(f"length_penalty must be a finite number, got {length_penalty}.")
-    if not 0 <= temperature < float("inf"):
-        raise InputError(f"temperature must be 0 (greedy) or a positive number, got {temperature}.")
-    if top_k < 0:
-        raise InputError(f"top_k must be 0 (all tokens) or positive, got {top_k}.")
-    if not 0 < top_p <= 1:
-        raise InputError(f"top_p must be in (0, 1], got {top_p}.")
-    if beam_size > 1 and temperature > 0:
-        raise InputError(
-            f"Beam search (beam_size {beam_size}) does not sample (temperature {temperature}).",
-            remedy="Take beam_size 1 to sample, or temperature 0 to search.",
-        )
-    if temperature == 0 and (top_k or top_p < 1):
-        raise InputError(
-            "top_k and top_p choose among sampled tokens, but temperature 0 does not sample.",
-            remedy="Set temperature too, for instance to 1.",
-        )
-    if speculative and (beam_size > 1 or temperature > 0 or attention_window):
-        raise InputError(
-            "Speculative decoding is greedy, over the whole text: it takes no beams, temperature or"
-            " attention window.",
-            remedy="Leave either out.",
-        )
-
-
-def _check_lengths(
-    prompt_ids: Sequence[Sequence[int]], image_tokens: int, max_tokens: int, max_positions: int
-) -> None:
-    longest = max(len(ids) for ids in prompt_ids)
-    if min(len(ids) for ids in prompt_ids) == 0:
-        raise ValueError("Each prompt needs at least one token.")
-    # The last generated token is never read, so it takes no position.
-    room = max_positions - image_tokens - longest + 1
-    if room < 1:
-        raise InputError(
-            f"The prompt is too long: {longest} tokens and {image_tokens} image tokens, but the"
-            f" model reads {max_positions} positions.",
-            remedy="Shorten the prompt.",
-        )
-    if max_tokens > room:
-        raise InputError(
-            f"max_tokens is {max_tokens}, but beside {image_tokens} image tokens and {longest}"
-            f" prompt tokens the model has room for {room} of its {max_positions} positions.",
-            remedy=f"Set max_tokens to {room} at most.",
-        )
-
-
-def _check_window(attention_window: int, image_tokens: int, max_positions: int) -> None:
-    room = max_positions - image_tokens - _TEXT_SINKS
-    if not 1 <= attention_window <= room:
-        raise InputError(
-            f"attention_window is {attention_window}; beside {image_tokens} image tokens and"
-            f" {_TEXT_SINKS} sinks the model has room for 1 to {room} of its {max_positions}"
-            " positions.",
-            remedy="Take a number in that range, or 0 to look back on everything.",
-        )
 
 
 def _never_mask(
@@ -267,10 +183,13 @@ def _read_prompts(
     model: BitGenModel,
     images: torch.Tensor | None,
     prompt_ids: Sequence[Sequence[int]],
-    max_tokens: int,
+    room: int,
     attention_window: int,
 ) -> tuple[BitGenOutput, AttentionCache]:
-    """Run pictures and prompts through the model; the last column is each row's last token."""
+    """Run pictures and prompts through the model; the last column is each row's last token.
+
+    A cache that keeps every token has room for `room` more.
+    """
     device = next(model.parameters()).device
     rows, longest = len(prompt_ids), max(len(ids) for ids in prompt_ids)
     input_ids_BL = torch.zeros(rows, longest, dtype=torch.int64)
@@ -285,24 +204,18 @@ def _read_prompts(
     image_tokens = model.num_image_tokens if images is not None else 0
     cache: AttentionCache
     if attention_window:
-        cache = model.new_sliding_window_cache(rows, attention_window, image_tokens + _TEXT_SINKS)
+        cache = model.new_sliding_window_cache(rows, attention_window, image_tokens + TEXT_SINKS)
     else:
-        cache = model.new_cache(rows, image_tokens + longest + max_tokens - 1)
+        cache = model.new_cache(rows, image_tokens + longest + room)
     output = model(
         input_ids_BL.to(device), images=images, attention_mask=mask, attention_cache=cache
     )
     return output, cache
 
 
-def _read_tokens(model: BitGenModel, tokens_B: torch.Tensor, cache: AttentionCache) -> torch.Tensor:
-    """Run one more token a row through the model: logits of the next one, float32 `[B, V]`."""
-    return model(tokens_B.unsqueeze(1), attention_cache=cache).logits[:, -1].float()
-
-
 def _generate_one_by_one(
-    model: BitGenModel,
+    decoder: Decoder,
     logits_BV: torch.Tensor,
-    cache: AttentionCache,
     never_V: torch.Tensor,
     eos_id: int,
     max_tokens: int,
@@ -315,7 +228,7 @@ def _generate_one_by_one(
     finished_B = torch.zeros(rows, dtype=torch.bool, device=device)
     for step in range(max_tokens):
         if step > 0:
-            logits_BV = _read_tokens(model, tokens_BT[:, step - 1], cache)
+            logits_BV = decoder.read(tokens_BT[:, step - 1])
         allowed_BV = logits_BV.masked_fill(never_V, -torch.inf)
         chosen_B = sampler(allowed_BV, step) if sampler else allowed_BV.argmax(dim=-1)
         chosen_B = chosen_B.masked_fill(finished_B, eos_id)
@@ -527,9 +440,8 @@ class _Sampler:
 
 
 def _beam_search(
-    model: BitGenModel,
+    decoder: Decoder,
     logits_BV: torch.Tensor,
-    cache: AttentionCache,
     never_V: torch.Tensor,
     eos_id: int,
     max_tokens: int,
@@ -547,8 +459,6 @@ def _beam_search(
     rows, vocab_size, device = len(logits_BV), logits_BV.shape[1], logits_BV.device
     row_B = torch.arange(rows, device=device)
     in_place_N = torch.arange(rows * beam_size, device=device)
-    # The prompt was read once a row; from here on each row is beam_size rows of the cache.
-    cache.reorder(row_B.repeat_interleave(beam_size))
     logits_BKV = logits_BV.unsqueeze(1).expand(-1, beam_size, -1)
 
     # All hypotheses start equal, so only the first one counts at the first step.
@@ -558,7 +468,7 @@ def _beam_search(
     best = _BestHypotheses(rows, max_tokens, eos_id, length_penalty, device)
     for step in range(max_tokens):
         if step > 0:
-            logits_NV = _read_tokens(model, tokens_BKT[:, :, step - 1].flatten(), cache)
+            logits_NV = decoder.read(tokens_BKT[:, :, step - 1].flatten())
             logits_BKV = logits_NV.view(rows, beam_size, vocab_size)
         candidate_BKV = torch.log_softmax(logits_BKV, dim=-1).masked_fill(never_V, -torch.inf)
         candidate_BKV = candidate_BKV + sum_BK.unsqueeze(2)
@@ -590,7 +500,7 @@ def _beam_search(
             break
         origin_N = (row_B.unsqueeze(1) * beam_size + parent_BK).flatten()
         if not torch.equal(origin_N, in_place_N):  # a copy of the whole cache otherwise
-            cache.reorder(origin_N)
+            decoder.reorder(origin_N)
     return best.generations()
 
 

@@ -26,7 +26,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from bitgen.dataset.images import normalize_images
 from bitgen.errors import InputError
-from bitgen.inference.predictor import BitGen, Caption, Picture, picture_pixels
+from bitgen.inference.answers import Caption, Picture
+from bitgen.inference.pipeline import picture_pixels
+from bitgen.inference.predictor import BitGen
 from bitgen.inference.sheet import (
     FIRST_INK,
     LINE_HEIGHT,

@@ -5,67 +5,66 @@
     model.select_robots("bring back the red ball", image="photo.jpg")[0].name
 
 Pictures and prompts are given in batches, and each is answered as if it were alone.
+
+A model runs on one of two backends, which say the same: the native engine, which needs no torch, or
+PyTorch, which can do everything. Neither is imported before a model asks for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+import itertools
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from PIL import Image
 
 from bitgen.config import DEVICES, BitGenConfig
-from bitgen.dataset.collate import pad_rows
-from bitgen.dataset.images import load_image, normalize_images, prepare_image
 from bitgen.dataset.robots import Robot, load_catalog
 from bitgen.dataset.tokenizer import Tokenizer
-from bitgen.errors import InputError
-from bitgen.export.loaded import LoadedModel, load_run
-from bitgen.export.safetensors import load_artifact
-from bitgen.inference.generate import Speculation, check_options, generate
-from bitgen.model.bitgen import BitGenModel
-from bitgen.model.device import resolve_device
+from bitgen.errors import ImageError, InputError
+from bitgen.inference.answers import Answer, Caption, Generation, Picture, RobotChoice
+from bitgen.inference.backend import (
+    BACKENDS,
+    Backend,
+    NativeUnavailable,
+    Request,
+    RobotTexts,
+    TaskRequest,
+)
+from bitgen.inference.options import (
+    CaptionOptions,
+    Vocabulary,
+    check_batch_size,
+    check_future_heads,
+    check_lengths,
+    check_text_lengths,
+    check_threads,
+    check_writes,
+)
+from bitgen.inference.pipeline import decoded_ahead
 
-Picture: TypeAlias = str | Path | Image.Image
-"""A picture: the path of a file, or an open PIL image."""
+if TYPE_CHECKING:
+    import torch
 
+    from bitgen.export.loaded import LoadedModel
+    from bitgen.inference.torch_backend import TorchBackend
+    from bitgen.model.bitgen import BitGenModel
 
-@dataclass(frozen=True)
-class Caption:
-    """What the model says about one picture."""
-
-    text: str
-    """The whole caption, the prompt's words included."""
-    tokens: list[str]
-    """The text of each generated token (prompt and end of text are not among them)."""
-    token_ids: list[int]
-    """The ids of `tokens`."""
-    log_probability: float
-    """Natural logarithm of the probability of the tokens and of the text's end behind them."""
-    speculation: Speculation | None = None
-    """What speculative decoding saved; None where it was not used."""
-
-
-@dataclass(frozen=True)
-class RobotChoice:
-    """How well one robot suits a task: several may, or none."""
-
-    name: str
-    probability: float
+__all__ = ["Answer", "BitGen", "Caption", "CaptionOptions", "Picture", "RobotChoice"]
 
 
 class BitGen:
     """A model in evaluation mode, in float32, on one device.
 
     Attributes:
-        model: the `BitGenModel`.
+        config: the model's architecture.
         tokenizer: its tokenizer.
-        device: where it runs.
         info: where it comes from (run, step, losses, data).
+        why_torch: why the model does not run on the native engine; None where it does, or where
+            PyTorch was asked for.
     """
 
     def __init__(
@@ -76,15 +75,41 @@ class BitGen:
         device: str | torch.device = "cpu",
         info: dict[str, Any] | None = None,
     ) -> None:
-        self.device = torch.device(device)
-        self.model = model.to(self.device).eval()
+        from bitgen.inference.torch_backend import TorchBackend
+
+        self._start(
+            model.config, tokenizer, catalog, info or {}, torch_backend=TorchBackend(model, device)
+        )
+
+    def _start(
+        self,
+        config: BitGenConfig,
+        tokenizer: Tokenizer,
+        catalog: Sequence[Robot],
+        info: dict[str, Any],
+        native: Backend | None = None,
+        torch_backend: TorchBackend | None = None,
+        open_torch: Callable[[], TorchBackend] | None = None,
+        why_torch: str | None = None,
+    ) -> None:
+        self.config = config
         self.tokenizer = tokenizer
-        self.info = info or {}
+        self.info = info
+        self.why_torch = why_torch
         self._catalog = list(catalog)
-        self._catalog_in_model: list[Robot] | None = None
+        self._native = native
+        self._torch = torch_backend
+        self._open_torch = open_torch
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "auto", packed: bool = True) -> BitGen:
+    def load(
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        packed: bool = True,
+        backend: str = "auto",
+        threads: int | None = None,
+    ) -> BitGen:
         """Load a run's folder (its best checkpoint, else its last), a checkpoint's, or an artifact.
 
         Args:
@@ -92,32 +117,82 @@ class BitGen:
             device: `auto`, `cpu`, `cuda` or `mps`.
             packed: run on 2-bit weights; False keeps a run's layers as in training. Both give the
                 same numbers.
+            backend: `native` runs on the CPU without PyTorch; `torch` is PyTorch; `auto` takes the
+                native engine where it can run the model, and PyTorch for the rest: a GPU, full
+                precision, image encoders of torchvision, and single requests such as an attention
+                window or `BitGen.model`.
+            threads: processor threads; None takes one a core. They are the process's: a model that
+                is loaded later with another number changes it for all.
 
         Raises:
             ModelFileError: missing, damaged, foreign, or of a newer format.
-            InputError: a device that is not there, or `packed=False` for an artifact.
+            InputError: a device that is not there, `packed=False` for an artifact, a backend or a
+                number of threads that cannot be, or a model that `native` cannot run.
         """
         if device.partition(":")[0] not in DEVICES:
             raise InputError(
                 f"There is no device {device!r}.", remedy=f"Devices: {', '.join(DEVICES)}."
             )
-        resolved = resolve_device(device)
-        loaded: LoadedModel
-        if Path(path).is_dir():
-            loaded = load_run(path, packed=packed)
-        else:
-            loaded = load_artifact(path)
-            if not packed:
-                raise InputError(
-                    f"{path} holds packed weights only.",
-                    remedy="Load the run that it was exported from, or leave packed at True.",
+        if backend not in BACKENDS:
+            raise InputError(
+                f"There is no backend {backend!r}.", remedy=f"Backends: {', '.join(BACKENDS)}."
+            )
+        check_threads(threads)
+        why_torch = None
+        if backend != "torch":
+            from bitgen.inference.native_backend import open_native
+
+            try:
+                found = open_native(
+                    Path(path), device, packed, threads, asked_for=backend == "native"
                 )
-        return cls(loaded.model, loaded.tokenizer, loaded.catalog, resolved, loaded.info)
+            except NativeUnavailable as error:
+                if backend == "native":
+                    raise
+                why_torch = error.message
+            else:
+                self = cls.__new__(cls)
+                self._start(
+                    found.config,
+                    found.tokenizer,
+                    found.catalog,
+                    found.info,
+                    native=found.backend,
+                    open_torch=None
+                    if backend == "native"
+                    else lambda: _open_torch(path, "cpu", packed, threads)[0],
+                )
+                return self
+        torch_backend, loaded = _open_torch(path, device, packed, threads)
+        self = cls.__new__(cls)
+        self._start(
+            loaded.model.config,
+            loaded.tokenizer,
+            loaded.catalog,
+            loaded.info,
+            torch_backend=torch_backend,
+            why_torch=why_torch,
+        )
+        return self
 
     @property
-    def config(self) -> BitGenConfig:
-        """The model's architecture."""
-        return self.model.config
+    def backend(self) -> str:
+        """What answers ordinary requests: `native` or `torch`."""
+        return "torch" if self._native is None else "native"
+
+    @property
+    def device(self) -> str | torch.device:
+        """Where the model runs."""
+        return "cpu" if self._torch is None else self._torch.device
+
+    @property
+    def model(self) -> BitGenModel:
+        """The `BitGenModel`; where the native engine answers, PyTorch's is loaded beside it.
+
+        Raises:
+            InputError: the model was loaded for the native engine alone.
+        """
+        return self._torch_backend("The PyTorch model is not there").model
 
     @property
     def catalog(self) -> list[Robot]:
@@ -142,6 +217,7 @@ class BitGen:
         length_penalty: float = 1.0,
         attention_window: int = 0,
         speculative: bool | None = None,
+        cuda_graphs: bool = False,
     ) -> list[Caption]:
         """Say what pictures show.
 
@@ -153,74 +229,153 @@ class BitGen:
             top_k: draw among the so many likeliest tokens; 0 among all.
             top_p: draw among the fewest likeliest tokens that hold this probability.
             seed: of the draws. Each picture starts from it, so that its caption does not depend on
-                the pictures beside it; None draws differently each time.
+                the pictures beside it; None draws differently each time. The two backends draw
+                different words from the same seed.
             max_tokens: most tokens generated a picture.
             batch_size: pictures at a time.
             length_penalty: see `bitgen.inference.generate.generate`.
             attention_window: tokens that each token looks back on beside the picture, so that
                 `max_tokens` may be any number; 0 looks back on all.
-            speculative: draft by the future token heads: the same greedy captions, sooner. None
-                does so where it helps: up to four pictures at a time.
+            speculative: draft by the future token heads: the same greedy captions, sooner than by
+                PyTorch without drafts. None leaves it to the backend: PyTorch drafts for up to four
+                pictures at a time, the native engine is faster without.
+            cuda_graphs: on a CUDA device, read token after token by a recorded step: the same
+                captions up to rounding. Experimental: see docs/gpu.md.
 
         Returns:
             One `Caption` a picture, in order.
 
         Raises:
-            InputError: no picture, options out of range, a prompt that is too long, or
-                `speculative` with a model that has no future token heads.
+            InputError: no picture, options out of range, a prompt that is too long,
+                `speculative` with a model that has no future token heads, or `cuda_graphs` without
+                a CUDA device or with a model that has experts.
             ImageError: a file that is not a picture.
         """
-        pictures = _listed(images)
-        prompts = [prompt] * len(pictures) if isinstance(prompt, str) else list(prompt)
-        if len(prompts) != len(pictures):
-            raise InputError(f"{len(pictures)} pictures, but {len(prompts)} prompts.")
-        _check_batch_size(batch_size)
-        check_options(
-            max_tokens=max_tokens,
+        options = CaptionOptions(
             beam_size=beam_size,
-            length_penalty=length_penalty,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            seed=seed,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            length_penalty=length_penalty,
             attention_window=attention_window,
             speculative=speculative,
+            cuda_graphs=cuda_graphs,
         )
-        tokenizer = self.tokenizer
-        captions: list[Caption] = []
-        for start in range(0, len(pictures), batch_size):
-            stop = min(start + batch_size, len(pictures))
-            words = [tokenizer.encode(text) for text in prompts[start:stop]]
-            generators = None
-            if seed is not None and temperature > 0:
-                generators = [_seeded(seed) for _ in words]
-            generations = generate(
-                self.model,
-                self._tensor_of(pictures[start:stop]),
-                [[tokenizer.bos_id, *ids] for ids in words],
-                eos_id=tokenizer.eos_id,
-                max_tokens=max_tokens,
-                beam_size=beam_size,
-                length_penalty=length_penalty,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                generators=generators,
-                never_ids=sorted(tokenizer.special_ids - {tokenizer.eos_id}),
-                vocab_size=tokenizer.vocab_size,
-                attention_window=attention_window,
-                speculative=speculative,
-            )
-            captions += [
-                Caption(
-                    text=tokenizer.decode([*ids, *generation.tokens]),
-                    tokens=tokenizer.tokens(generation.tokens),
-                    token_ids=generation.tokens,
-                    log_probability=generation.log_probability,
-                    speculation=generation.speculation,
-                )
-                for ids, generation in zip(words, generations, strict=True)
-            ]
+        pictures = [images] if isinstance(images, Picture) else list(images)
+        if not pictures:
+            raise InputError("There is no picture to caption.", remedy="Give at least one.")
+        prompts = [prompt] * len(pictures) if isinstance(prompt, str) else list(prompt)
+        if len(prompts) != len(pictures):
+            raise InputError(f"{len(pictures)} pictures, but {len(prompts)} prompts.")
+        captions = []
+        for answer in self._answers(pictures, prompts, options, True, None):
+            if answer.error is not None:
+                raise answer.error
+            assert answer.caption is not None
+            captions.append(answer.caption)
         return captions
+
+    def answers(
+        self,
+        images: Iterable[Picture],
+        options: CaptionOptions | None = None,
+        prompt: str = "",
+        task: str | None = None,
+        captions: bool = True,
+        catalog: Sequence[Robot] | str | Path | None = None,
+    ) -> Generator[Answer, None, None]:
+        """Caption any number of pictures, and rank robots for a task, one answer after the other.
+
+        Files are decoded ahead in threads while the model works, and answers come in order as soon
+        as they are ready; memory does not grow with the number of pictures. A picture that cannot
+        be read does not end it: its `Answer` says why.
+
+        Args:
+            images: read lazily, a few batches ahead of the answers.
+            options: how captions are written.
+            prompt: first words of every caption.
+            task: what is to be done, in words: robots are ranked for it and each picture.
+            captions: whether captions are written.
+            catalog: robots to choose from in this call; None takes the model's catalog.
+
+        Raises:
+            InputError: a prompt or task that is empty or too long, no robots to choose from, or a
+                model that cannot do what is asked.
+        """
+        request = None
+        if task is not None:
+            request = TaskRequest(
+                self._task_ids([task], has_pictures=True)[0], self._texts(self._robots(catalog))
+            )
+        return self._answers(images, [prompt], options or CaptionOptions(), captions, request)
+
+    def _answers(
+        self,
+        pictures: Iterable[Picture],
+        prompts: Sequence[str],
+        options: CaptionOptions,
+        writes: bool,
+        task: TaskRequest | None,
+    ) -> Generator[Answer, None, None]:
+        """Check and start; `prompts` has one for each picture, or one for all."""
+        tokenizer = self.tokenizer
+        words = [tokenizer.encode(prompt) for prompt in prompts]
+        backend = self._backend_for(options)
+        if writes:
+            check_writes(self.config)
+            check_future_heads(self.config, options.speculative)
+            check_lengths(
+                [1 + len(ids) for ids in words],
+                backend.num_image_tokens,
+                options.max_tokens,
+                self.config.max_positions,
+                options.attention_window,
+            )
+        vocabulary = Vocabulary(
+            tokenizer.eos_id,
+            tuple(sorted(tokenizer.special_ids - {tokenizer.eos_id})),
+            tokenizer.vocab_size,
+        )
+        # Twice a batch ahead: one that is worked on, one that is being decoded meanwhile.
+        decoded = decoded_ahead(pictures, self.config, ahead=2 * options.batch_size)
+        waiting: deque[tuple[Picture, list[int], np.ndarray | ImageError]] = deque()
+
+        def requests() -> Iterator[Request]:
+            prompt_words = itertools.cycle(words) if len(words) == 1 else iter(words)
+            for (picture, pixels), ids in zip(decoded, prompt_words, strict=False):
+                waiting.append((picture, ids, pixels))
+                if not isinstance(pixels, ImageError):
+                    yield Request(pixels, [tokenizer.bos_id, *ids])
+
+        def run() -> Generator[Answer, None, None]:
+            with contextlib.closing(decoded):
+                for reply in backend.replies(requests(), vocabulary, options, writes, task):
+                    yield from _unreadable(waiting)
+                    picture, ids, pixels = waiting.popleft()
+                    assert not isinstance(pixels, ImageError)
+                    yield Answer(
+                        picture,
+                        self._caption(ids, reply.generation),
+                        _ranked(task, reply.robot_probabilities_R),
+                        pixels_3SS=pixels,
+                    )
+                yield from _unreadable(waiting)
+
+        return run()
+
+    def _caption(self, prompt_ids: list[int], generation: Generation | None) -> Caption | None:
+        if generation is None:
+            return None
+        return Caption(
+            text=self.tokenizer.decode([*prompt_ids, *generation.tokens]),
+            tokens=self.tokenizer.tokens(generation.tokens),
+            token_ids=generation.tokens,
+            log_probability=generation.log_probability,
+            speculation=generation.speculation,
+        )
 
     def select_robots(
         self,
@@ -241,7 +396,6 @@ class BitGen:
         """
         return self.select_robots_batch([task], [image], catalog=catalog)[0]
 
-    @torch.inference_mode()
     def select_robots_batch(
         self,
         tasks: Sequence[str],
@@ -253,111 +407,128 @@ class BitGen:
         pictures = [None] * len(tasks) if images is None else list(images)
         if len(pictures) != len(tasks):
             raise InputError(f"{len(tasks)} tasks, but {len(pictures)} pictures.")
-        _check_batch_size(batch_size)
-        robots = self._catalog if catalog is None else _read_catalog(catalog)
-        self._give_to_model(robots)
+        check_batch_size(batch_size)
+        texts = self._texts(self._robots(catalog))
+        backend = self._backend_for(CaptionOptions())
         ranked: list[list[RobotChoice]] = []
-        for start in range(0, len(tasks), batch_size):
-            probability_BR = self._robot_probabilities(
-                tasks[start : start + batch_size], pictures[start : start + batch_size]
-            )
-            for probability_R in probability_BR.tolist():
-                choices = [
-                    RobotChoice(robot.name, probability)
-                    for robot, probability in zip(robots, probability_R, strict=True)
-                ]
-                ranked.append(sorted(choices, key=lambda choice: -choice.probability))
+        present = [picture for picture in pictures if picture is not None]
+        with contextlib.closing(decoded_ahead(present, self.config, 2 * batch_size)) as decoded:
+            for start in range(0, len(tasks), batch_size):
+                batch = pictures[start : start + batch_size]
+                pixels = [None if picture is None else _next_pixels(decoded) for picture in batch]
+                task_ids = self._task_ids(
+                    tasks[start : start + batch_size],
+                    has_pictures=any(picture is not None for picture in batch),
+                )
+                probabilities_BR = backend.robot_probabilities(task_ids, pixels, texts)
+                ranked += [_choices(texts, probability_R) for probability_R in probabilities_BR]
         return ranked
 
-    def _robot_probabilities(
-        self, tasks: Sequence[str], pictures: Sequence[Picture | None]
-    ) -> torch.Tensor:
-        """Float32 `[B, R]`, each robot judged by itself."""
+    def _task_ids(self, tasks: Sequence[str], has_pictures: bool) -> list[list[int]]:
         for task in tasks:
             if not task.strip():
                 raise InputError("The task is empty.", remedy="Say what is to be done.")
-        image_mask = [picture is not None for picture in pictures]
-        has_images = any(image_mask)
-        input_ids_BL, valid_BL = self._padded(
-            [self.tokenizer.encode_task(task) for task in tasks],
-            what="task",
-            image_tokens=self.model.num_image_tokens if has_images else 0,
-        )
-        mask = self.model.build_attention_mask(
-            valid_BL,
-            prefix_lengths_B=valid_BL.sum(dim=1),
-            image_mask_B=torch.tensor(image_mask) if has_images else None,
-            has_images=has_images,
-        )
-        output = self.model(
-            input_ids_BL.to(self.device),
-            images=self._tensor_of(pictures) if has_images else None,
-            attention_mask=mask,
-            return_robot_selection=True,
-        )
-        assert output.robot_logits is not None
-        return output.robot_logits.sigmoid()
+        task_ids = [self.tokenizer.encode_task(task) for task in tasks]
+        image_tokens = self._backend_for(CaptionOptions()).num_image_tokens if has_pictures else 0
+        lengths = [len(ids) for ids in task_ids]
+        check_text_lengths(lengths, "task", image_tokens, self.config.max_positions)
+        return task_ids
 
-    def _give_to_model(self, robots: list[Robot]) -> None:
-        if robots == self._catalog_in_model:
-            return
+    def _robots(self, catalog: Sequence[Robot] | str | Path | None) -> list[Robot]:
+        robots = self._catalog if catalog is None else _read_catalog(catalog)
         if not robots:
             raise InputError(
                 "There are no robots to choose from: this model was trained without a catalog.",
                 remedy="Give a robot catalog.",
             )
-        input_ids_RL, valid_RL = self._padded(
-            [self.tokenizer.encode_robot(robot.text()) for robot in robots],
-            what="text of a robot",
-            image_tokens=0,
-        )
-        self.model.set_robots([robot.name for robot in robots], input_ids_RL, valid_RL)
-        self._catalog_in_model = list(robots)
+        return robots
 
-    def _padded(
-        self, rows: list[list[int]], what: str, image_tokens: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids padded on the right, int64 `[B, L]`, and which are tokens, bool `[B, L]`.
+    def _texts(self, robots: Sequence[Robot]) -> RobotTexts:
+        ids = tuple(tuple(self.tokenizer.encode_robot(robot.text())) for robot in robots)
+        lengths = [len(row) for row in ids]
+        check_text_lengths(lengths, "text of a robot", 0, self.config.max_positions)
+        return RobotTexts(tuple(robot.name for robot in robots), ids)
 
-        Both on the CPU, where it costs nothing to see that there is no padding.
-        """
-        longest = max(len(ids) for ids in rows)
-        room = self.config.max_positions - image_tokens
-        if longest > room:
+    def _backend_for(self, options: CaptionOptions) -> Backend:
+        """The native engine, unless there is none or it cannot do this."""
+        if self._native is None:
+            return self._torch_backend("")
+        if options.attention_window:
+            return self._torch_backend("The native engine has no attention window")
+        if options.speculative:
+            return self._torch_backend("The native engine does not draft by future token heads")
+        if options.cuda_graphs:
+            return self._torch_backend("The native engine uses no GPU")
+        return self._native
+
+    def _torch_backend(self, why: str) -> TorchBackend:
+        if self._torch is None:
+            if self._open_torch is None:
+                raise InputError(
+                    f"{why}: this model was loaded for the native engine alone.",
+                    remedy="Load it with backend auto or torch.",
+                )
+            import torch
+
+            # Whatever mode the caller is in, the weights are ordinary tensors.
+            with torch.inference_mode(False):
+                self._torch = self._open_torch()
+        return self._torch
+
+
+def _open_torch(
+    path: str | Path, device: str, packed: bool, threads: int | None
+) -> tuple[TorchBackend, LoadedModel]:
+    """Load a model's files into PyTorch."""
+    import torch
+
+    from bitgen.export.loaded import load_run
+    from bitgen.export.safetensors import load_artifact
+    from bitgen.inference.torch_backend import TorchBackend
+    from bitgen.model.device import resolve_device
+
+    resolved = resolve_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if Path(path).is_dir():
+        loaded = load_run(path, packed=packed)
+    else:
+        loaded = load_artifact(path)
+        if not packed:
             raise InputError(
-                f"The {what} is too long: {longest} tokens; the model has room for {room}.",
-                remedy="Shorten it.",
+                f"{path} holds packed weights only.",
+                remedy="Load the run that it was exported from, or leave packed at True.",
             )
-        return pad_rows(rows, self.tokenizer.pad_id)
-
-    def _tensor_of(self, pictures: Sequence[Picture | None]) -> torch.Tensor:
-        """Normalised pictures, float32 `[B, 3, S, S]`; one that is None is empty."""
-        config = self.config
-        size = config.image_size
-        pixels_B3SS = np.zeros((len(pictures), 3, size, size), dtype=np.uint8)
-        for row, picture in enumerate(pictures):
-            if picture is not None:
-                pixels_B3SS[row] = picture_pixels(picture, config)
-        pixels = torch.from_numpy(pixels_B3SS).to(self.device)
-        return normalize_images(pixels, config.image_mean, config.image_std)
+    return TorchBackend(loaded.model, resolved), loaded
 
 
-def picture_pixels(picture: Picture, config: BitGenConfig) -> np.ndarray:
-    """The square that the model sees of a picture, not yet normalised: uint8 `[3, S, S]`.
-
-    Raises:
-        ImageError: not a picture, or one that is too small or too large.
-    """
-    if isinstance(picture, Image.Image):
-        return prepare_image(picture, config.image_size, config.image_resize)
-    return load_image(picture, config.image_size, config.image_resize)
+def _unreadable(
+    waiting: deque[tuple[Picture, list[int], np.ndarray | ImageError]],
+) -> Iterator[Answer]:
+    """Take the pictures from the head of the queue that cannot be read."""
+    while waiting and isinstance(error := waiting[0][2], ImageError):
+        yield Answer(waiting.popleft()[0], error=error)
 
 
-def _listed(images: Picture | Sequence[Picture]) -> list[Picture]:
-    pictures = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
-    if not pictures:
-        raise InputError("There is no picture to caption.", remedy="Give at least one.")
-    return pictures
+def _next_pixels(decoded: Iterator[tuple[Picture, np.ndarray | ImageError]]) -> np.ndarray:
+    _, pixels = next(decoded)
+    if isinstance(pixels, ImageError):
+        raise pixels
+    return pixels
+
+
+def _ranked(
+    task: TaskRequest | None, probabilities_R: np.ndarray | None
+) -> list[RobotChoice] | None:
+    if task is None or probabilities_R is None:
+        return None
+    return _choices(task.robots, probabilities_R)
+
+
+def _choices(robots: RobotTexts, probabilities_R: np.ndarray) -> list[RobotChoice]:
+    """The robots with their probabilities, the likeliest first."""
+    choices = map(RobotChoice, robots.names, probabilities_R.tolist())
+    return sorted(choices, key=lambda choice: -choice.probability)
 
 
 def _read_catalog(catalog: Sequence[Robot] | str | Path) -> list[Robot]:
@@ -365,15 +536,3 @@ def _read_catalog(catalog: Sequence[Robot] | str | Path) -> list[Robot]:
     if not robots:
         raise InputError("The robot catalog is empty.", remedy="Name at least one robot in it.")
     return robots
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}.")
-
-
-def _seeded(seed: int) -> torch.Generator:
-    try:
-        return torch.Generator().manual_seed(seed)
-    except (RuntimeError, OverflowError, TypeError, ValueError) as error:
-        raise InputError(f"The seed must be a 64-bit whole number, got {seed!r}.") from error

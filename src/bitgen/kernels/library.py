@@ -175,7 +175,8 @@ def _declare(library: ctypes.CDLL) -> None:
         "bitgen_time_reading": [pointer, number, number],
         "bitgen_time_multiplying": [number, ctypes.POINTER(number)],
         "bitgen_time_ternary_product": [
-            ctypes.POINTER(QuantizedRows), ctypes.POINTER(TernaryMatrix), number, number, pointer
+            ctypes.POINTER(QuantizedRows), ctypes.POINTER(TernaryMatrix), number, number, number,
+            pointer,
         ],
     }  # fmt: skip
     signatures |= {name: (ctypes.c_double, arguments) for name, arguments in measurements.items()}

@@ -24,6 +24,7 @@ from bitgen.errors import ConfigError, ModelFileError
 from bitgen.model.cache import AttentionCache, CacheShape, SlidingWindowCache, StaticCache
 from bitgen.model.compilation import require_compiler
 from bitgen.model.experts import Routing
+from bitgen.model.fixed_cache import FixedCache
 from bitgen.model.future_tokens import FutureTokenHeads
 from bitgen.model.image_encoder import make_image_encoder
 from bitgen.model.layers import TransformerLayer
@@ -360,6 +361,11 @@ class BitGenModel(nn.Module):
         """
         shape, config = self._cache_shape(batch_size), self.config
         return SlidingWindowCache(shape, window, sinks, config.max_positions, config.rope_theta)
+
+    def new_fixed_cache(self, batch_size: int, max_length: int) -> FixedCache:
+        """An empty cache for `batch_size` rows of up to `max_length` tokens whose steps are all
+        alike, to be recorded."""
+        return FixedCache(self._cache_shape(batch_size), max_length)
 
     def _cache_shape(self, batch_size: int) -> CacheShape:
         norm = self.text_decoder.norm.weight

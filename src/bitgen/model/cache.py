@@ -227,6 +227,16 @@ class StaticCache(AttentionCache):
             layer.start, layer.columns_BS = start, None
         return mask, positions_BS
 
+    def held_columns(self) -> torch.Tensor:
+        """Which of the columns given so far hold tokens: bool `[B, length]`, on the device.
+
+        Raises:
+            ValueError: rows that were rewound to different lengths.
+        """
+        if self._lengths is not None:
+            raise ValueError(f"The rows have different lengths: {self._lengths}.")
+        return self._valid_BK[:, : self.length]
+
     def _place_by_row(
         self,
         lengths: Sequence[int],

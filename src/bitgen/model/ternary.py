@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitgen.kernels.gpu import gpu_kernels
 from bitgen.kernels.matmul import ternary_matmul, without_autocast
 from bitgen.kernels.packing import pack_ternary, unpack_ternary
 from bitgen.kernels.quantize import quantize_activation, quantize_weight
@@ -121,8 +122,9 @@ class PackedTernaryLinear(nn.Module):
     """The run-time form of `TernaryLinear`: weights packed at 2 bits, no gradient.
 
     Buffers: `packed`, tiles uint8 `[ceil(N / 32), ceil(K / 16), 128]` (see `bitgen.kernels.tiles`),
-    and `scale` float32 `[]`; both are what an artifact stores. The weights are unpacked to int8
-    once, at the first call.
+    and `scale` float32 `[]`; both are what an artifact stores. Where there are Triton kernels for
+    the device, they read the tiles; elsewhere the weights are unpacked to int8 once, at the first
+    call.
     """
 
     packed: torch.Tensor
@@ -150,10 +152,20 @@ class PackedTernaryLinear(nn.Module):
         return unpack_ternary(self.packed, self.out_features, self.in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.multiply(*quantize_activation(x)).to(x.dtype)
+        return self.multiply(*_quantize(x)).to(x.dtype)
 
     def multiply(self, quantized: torch.Tensor, token_scale: torch.Tensor) -> torch.Tensor:
         """The product with an input quantized before, int8 `[..., K]` and float32 `[..., 1]`."""
+        kernels = gpu_kernels(self.packed.device)
+        if kernels is not None:
+            output_MN: torch.Tensor = kernels.ternary_product(
+                quantized.reshape(-1, self.in_features),
+                token_scale,
+                self.packed,
+                self.out_features,
+                self.scale,
+            )
+            return output_MN.view(*quantized.shape[:-1], self.out_features)
         if self._ternary_NK is None or self._ternary_NK.device != self.packed.device:
             self._ternary_NK = self.ternary()
         sums_MN = ternary_matmul(quantized.reshape(-1, self.in_features), self._ternary_NK)
@@ -168,6 +180,15 @@ class PackedTernaryLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+def _quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_activation` for packed layers, by the device's own kernel where it has one."""
+    kernels = gpu_kernels(x.device)
+    if kernels is None:
+        return quantize_activation(x)
+    quantized: tuple[torch.Tensor, torch.Tensor] = kernels.quantize(x)
+    return quantized
+
+
 def linear_group(layers: Sequence[nn.Module], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Each layer's output for the same input `[..., K]`, which is quantized only once."""
     if all(isinstance(layer, TernaryLinear) for layer in layers):
@@ -178,7 +199,7 @@ def linear_group(layers: Sequence[nn.Module], x: torch.Tensor) -> tuple[torch.Te
         return outputs
     packed = [layer for layer in layers if isinstance(layer, PackedTernaryLinear)]
     if len(packed) == len(layers):
-        quantized, token_scale = quantize_activation(x)
+        quantized, token_scale = _quantize(x)
         return tuple(layer.multiply(quantized, token_scale).to(x.dtype) for layer in packed)
     return tuple(layer(x) for layer in layers)
 

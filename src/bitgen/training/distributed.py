@@ -105,6 +105,11 @@ def joined_world() -> Iterator[World]:
     )
     try:
         yield World(rank, size, int(os.environ.get("LOCAL_RANK", "0")), restarts)
+        # Torch before 2.8 holds the interpreter's lock while gloo's threads end, and a thread that
+        # then lets go of the last reference to a tensor waits for that lock for ever. While this
+        # sum is waited for they let go of all others, and its own tensor is still held here.
+        last = torch.zeros(1)
+        torch.distributed.all_reduce(last)
     finally:
         torch.distributed.destroy_process_group()
 

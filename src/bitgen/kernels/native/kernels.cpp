@@ -57,6 +57,9 @@ std::atomic<const Kernels*>& chosen_kernels() {
   return chosen;
 }
 
+// Products of two bytes that one thread makes in less time than another takes to wake up.
+constexpr int64_t kWorthSharing = 1 << 19;
+
 }  // namespace
 
 const Kernels& kernels() { return *chosen_kernels().load(std::memory_order_relaxed); }
@@ -116,7 +119,7 @@ BITGEN_API void bitgen_quantize(const float* x, int64_t rows, int64_t columns, i
   ThreadPool::instance().run([&](Worker& worker) {
     const auto [first, last] = worker.share(rows);
     table.quantize(x, columns, first, last, &quantized);
-  });
+  }, rows * columns >= kWorthSharing / 8);
 }
 
 // out [rows of x][rows of the matrix], dense: int32 sums, or where they are null float32 products.
@@ -127,7 +130,7 @@ BITGEN_API void bitgen_ternary_product(const QuantizedRows* x, const TernaryMatr
     const auto [first, last] = worker.share(tiles_of(matrix->rows));
     if (sums != nullptr) table.ternary_sums(x, matrix, first, last, sums, matrix->rows);
     else table.ternary_product(x, matrix, first, last, products, matrix->rows);
-  });
+  }, x->rows * matrix->rows * matrix->columns >= kWorthSharing);
 }
 
 BITGEN_API void bitgen_int8_product(const QuantizedRows* x, const Int8Matrix* matrix,
@@ -137,5 +140,5 @@ BITGEN_API void bitgen_int8_product(const QuantizedRows* x, const Int8Matrix* ma
     const auto [first, last] = worker.share(tiles_of(matrix->rows));
     if (sums != nullptr) table.int8_sums(x, matrix, first, last, sums, matrix->rows);
     else table.int8_product(x, matrix, first, last, products, matrix->rows);
-  });
+  }, x->rows * matrix->rows * matrix->columns >= kWorthSharing);
 }

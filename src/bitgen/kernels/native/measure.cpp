@@ -47,16 +47,17 @@ BITGEN_API double bitgen_time_multiplying(int64_t iterations, int64_t* products)
   return seconds;
 }
 
-// Seconds for `calls` products in turn with each of `count` matrices, as the engine makes them:
-// threads meet after every product.
+// Seconds for `calls` products in turn with each of `count` matrices, from number `first` on, as the
+// engine makes them: threads meet after every product.
 BITGEN_API double bitgen_time_ternary_product(const QuantizedRows* x, const TernaryMatrix* matrices,
-                                              int64_t count, int64_t calls, float* products) {
+                                              int64_t count, int64_t first, int64_t calls,
+                                              float* products) {
   const Kernels& table = kernels();
   return seconds_of([&](Worker& worker) {
     for (int64_t call = 0; call < calls; ++call) {
-      const TernaryMatrix& matrix = matrices[call % count];
-      const auto [first, last] = worker.share(tiles_of(matrix.rows));
-      table.ternary_product(x, &matrix, first, last, products, matrix.rows);
+      const TernaryMatrix& matrix = matrices[(first + call) % count];
+      const auto [first_tile, last_tile] = worker.share(tiles_of(matrix.rows));
+      table.ternary_product(x, &matrix, first_tile, last_tile, products, matrix.rows);
       worker.barrier();
     }
   });

@@ -12,7 +12,21 @@ namespace {
 
 #include "products_common.inc"
 
-constexpr int64_t kTokens = 8;  // share the unpacking of a chunk
+// 16-bit sums of a code times an activation for each byte of a chunk, four products a chunk and none
+// below -2 * 128: after 32 chunks they are added to 32-bit sums.
+constexpr int64_t kChunksOfBlock = 32;
+
+// partial [128] += field f of 128 bytes * the four activations, one for each byte of a row.
+template <int f>
+inline void add_field(const uint8_t* packed, const int8_t* x, int16_t* partial) {
+  const int16_t inputs[8] = {x[0], x[1], x[2], x[3], x[0], x[1], x[2], x[3]};
+  for (int64_t i = 0; i < kChunkBytes; i += 8) {
+    for (int64_t b = 0; b < 8; ++b) {
+      const int16_t code = packed[i + b] >> (2 * f) & 3;
+      partial[i + b] = static_cast<int16_t>(partial[i + b] + code * inputs[b]);
+    }
+  }
+}
 
 template <typename Output>
 void ternary_tiles(const QuantizedRows& x, const TernaryMatrix& matrix, int64_t first_tile,
@@ -21,34 +35,23 @@ void ternary_tiles(const QuantizedRows& x, const TernaryMatrix& matrix, int64_t 
   for (int64_t tile = first_tile; tile < last_tile; ++tile) {
     const uint8_t* packed = matrix.tiles + tile * chunks * kChunkBytes;
     const int64_t row = tile * kTileRows;
-    for (int64_t first = 0; first < x.rows; first += kTokens) {
-      const int64_t tokens = smaller(kTokens, x.rows - first);
-      int32_t sums[kTokens][kTileRows] = {};
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        int16_t weights[kChunkInputs][kTileRows];
-        for (int64_t f = 0; f < 4; ++f) {
-          for (int64_t b = 0; b < 4; ++b) {
-            for (int64_t r = 0; r < kTileRows; ++r) {
-              const int code = packed[chunk * kChunkBytes + 4 * r + b] >> (2 * f) & 3;
-              weights[4 * f + b][r] = static_cast<int16_t>(code - 1);
-            }
-          }
+    for (int64_t t = 0; t < x.rows; ++t) {
+      const int8_t* values = x.values + t * x.stride;
+      int32_t sums[kTileRows];
+      for (int64_t r = 0; r < kTileRows; ++r) sums[r] = -x.sums[t];
+      for (int64_t first = 0; first < chunks; first += kChunksOfBlock) {
+        int16_t partial[kChunkBytes] = {};
+        for (int64_t chunk = first; chunk < smaller(first + kChunksOfBlock, chunks); ++chunk) {
+          const uint8_t* bytes = packed + chunk * kChunkBytes;
+          const int8_t* inputs = values + chunk * kChunkInputs;
+          add_field<0>(bytes, inputs, partial);
+          add_field<1>(bytes, inputs + 4, partial);
+          add_field<2>(bytes, inputs + 8, partial);
+          add_field<3>(bytes, inputs + 12, partial);
         }
-        for (int64_t t = 0; t < tokens; ++t) {
-          const int8_t* values = x.values + (first + t) * x.stride + chunk * kChunkInputs;
-          int16_t partial[kTileRows] = {};  // at most 16 * 128
-          for (int64_t k = 0; k < kChunkInputs; ++k) {
-            const int16_t value = values[k];
-            for (int64_t r = 0; r < kTileRows; ++r) {
-              partial[r] = static_cast<int16_t>(partial[r] + value * weights[k][r]);
-            }
-          }
-          for (int64_t r = 0; r < kTileRows; ++r) sums[t][r] += partial[r];
-        }
+        for (int64_t i = 0; i < kChunkBytes; ++i) sums[i / 4] += partial[i];
       }
-      for (int64_t t = 0; t < tokens; ++t) {
-        output.store(sums[t], first + t, row, smaller(kTileRows, matrix.rows - row));
-      }
+      output.store(sums, t, row, smaller(kTileRows, matrix.rows - row));
     }
   }
 }

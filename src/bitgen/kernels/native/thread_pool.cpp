@@ -150,8 +150,8 @@ void ThreadPool::set_threads(int threads) {
   state_->start(this, threads);
 }
 
-void ThreadPool::run_on_all(Call call, void* context) {
-  if (inside_run) {
+void ThreadPool::run_on_all(bool shared, Call call, void* context) {
+  if (inside_run || !shared) {
     Worker alone(0, 1, this);
     call(context, alone);
     return;

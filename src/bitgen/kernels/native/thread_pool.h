@@ -43,11 +43,11 @@ class ThreadPool {
 
   // Calls function(Worker&) on every thread, this one among them; returns when all are done. The
   // function must not throw. Calls from several threads come one after the other; a call from within
-  // a run is made by one worker alone.
+  // a run, or one that is not `shared` because it is too small, is made by one worker alone.
   template <typename Function>
-  void run(Function&& function) {
+  void run(Function&& function, bool shared = true) {
     using Plain = std::remove_reference_t<Function>;
-    run_on_all([](void* context, Worker& worker) { (*static_cast<Plain*>(context))(worker); },
+    run_on_all(shared, [](void* context, Worker& worker) { (*static_cast<Plain*>(context))(worker); },
                const_cast<void*>(static_cast<const void*>(&function)));
   }
 
@@ -60,7 +60,7 @@ class ThreadPool {
   struct State;
 
   explicit ThreadPool(int threads);
-  void run_on_all(Call call, void* context);
+  void run_on_all(bool shared, Call call, void* context);
   void wait_for_all();
 
   State* state_;

@@ -1,0 +1,129 @@
+"""The PyTorch backend: any model, any device. The native engine is held to what it answers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from bitgen.dataset.collate import pad_rows
+from bitgen.dataset.images import normalize_images
+from bitgen.inference.answers import Generation
+from bitgen.inference.backend import Reply, Request, RobotTexts, TaskRequest
+from bitgen.inference.decoding import DecodingGraphs
+from bitgen.inference.generate import generate
+from bitgen.inference.options import CaptionOptions, Vocabulary
+from bitgen.model.bitgen import BitGenModel
+
+
+class TorchBackend:
+    """A `BitGenModel` in evaluation mode on one device, batch after batch.
+
+    Attributes:
+        model: the model.
+        device: where it runs.
+    """
+
+    name = "torch"
+
+    def __init__(self, model: BitGenModel, device: str | torch.device = "cpu") -> None:
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval()
+        self.num_image_tokens = model.num_image_tokens
+        self._robots_in_model: RobotTexts | None = None
+        self._graphs: DecodingGraphs | None = None
+
+    def replies(
+        self,
+        requests: Iterable[Request],
+        vocabulary: Vocabulary,
+        options: CaptionOptions,
+        writes: bool,
+        task: TaskRequest | None,
+    ) -> Iterator[Reply]:
+        """See `Backend.replies`: `options.batch_size` pictures at a time."""
+        remaining = iter(requests)
+        while batch := list(itertools.islice(remaining, options.batch_size)):
+            generations: list[Generation] | list[None] = [None] * len(batch)
+            if writes:
+                generations = self._generations(batch, vocabulary, options)
+            robots: np.ndarray | list[None] = [None] * len(batch)
+            if task is not None:
+                robots = self.robot_probabilities(
+                    [task.ids] * len(batch), [request.pixels_3SS for request in batch], task.robots
+                )
+            yield from itertools.starmap(Reply, zip(generations, robots, strict=True))
+
+    def _generations(
+        self, batch: Sequence[Request], vocabulary: Vocabulary, options: CaptionOptions
+    ) -> list[Generation]:
+        generators = None
+        if options.seed is not None and options.temperature > 0:
+            generators = [torch.Generator().manual_seed(options.seed) for _ in batch]
+        return generate(
+            self.model,
+            self._images([request.pixels_3SS for request in batch]),
+            [request.prompt_ids for request in batch],
+            eos_id=vocabulary.eos_id,
+            max_tokens=options.max_tokens,
+            beam_size=options.beam_size,
+            length_penalty=options.length_penalty,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            generators=generators,
+            never_ids=vocabulary.never_ids,
+            vocab_size=vocabulary.size,
+            attention_window=options.attention_window,
+            speculative=options.speculative,
+            graphs=self._decoding_graphs() if options.cuda_graphs else None,
+        )
+
+    def _decoding_graphs(self) -> DecodingGraphs:
+        if self._graphs is None:
+            self._graphs = DecodingGraphs(self.model)
+        return self._graphs
+
+    @torch.inference_mode()
+    def robot_probabilities(
+        self,
+        task_ids: Sequence[list[int]],
+        pixels: Sequence[np.ndarray | None],
+        robots: RobotTexts,
+    ) -> np.ndarray:
+        """See `Backend.robot_probabilities`: all tasks in one batch."""
+        if robots != self._robots_in_model:
+            self.model.set_robots(robots.names, *pad_rows([list(ids) for ids in robots.ids], 0))
+            self._robots_in_model = robots
+        image_mask = [picture is not None for picture in pixels]
+        has_images = any(image_mask)
+        # On the CPU, where it costs nothing to see that there is no padding.
+        input_ids_BL, valid_BL = pad_rows(list(task_ids), 0)
+        mask = self.model.build_attention_mask(
+            valid_BL,
+            prefix_lengths_B=valid_BL.sum(dim=1),
+            image_mask_B=torch.tensor(image_mask) if has_images else None,
+            has_images=has_images,
+        )
+        output = self.model(
+            input_ids_BL.to(self.device),
+            images=self._images(pixels) if has_images else None,
+            attention_mask=mask,
+            return_robot_selection=True,
+        )
+        assert output.robot_logits is not None
+        probability_BR: np.ndarray = output.robot_logits.sigmoid().cpu().numpy()
+        return probability_BR
+
+    def _images(self, pixels: Sequence[np.ndarray | None]) -> torch.Tensor:
+        """Normalised pictures, float32 `[B, 3, S, S]`; one that is None is empty."""
+        config = self.model.config
+        size = config.image_size
+        pixels_B3SS = np.zeros((len(pixels), 3, size, size), dtype=np.uint8)
+        for row, picture in enumerate(pixels):
+            if picture is not None:
+                pixels_B3SS[row] = picture
+        images = torch.from_numpy(pixels_B3SS).to(self.device)
+        return normalize_images(images, config.image_mean, config.image_std)
