@@ -66,7 +66,7 @@ INSTRUCTION_SETS = {
 _ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 
 
-class BuildFailed(Exception):
+class BuildFailed(RuntimeError):
     """The library cannot be built here; the message says why."""
 
 

@@ -19,7 +19,7 @@ ALLOWED = {
     "checkpoint": {"errors", "config", "model", "dataset"},
     "training": {"errors", "config", "model", "dataset", "checkpoint"},
     "export": {"errors", "config", "kernels", "model", "dataset", "checkpoint", "__init__"},
-    "inference": {"errors", "config", "model", "dataset", "checkpoint", "export"},
+    "inference": {"errors", "config", "kernels", "model", "dataset", "checkpoint", "export"},
     "console": {"errors"},
     "__init__": {"config", "model", "inference"},
 }

@@ -4,9 +4,10 @@
                                      -> generate / Generator            <+- prompts
                                      -> forward (logits, states), score_robots
 
-The tensors are those of an exported file, by the same names: ternary layers as `NAME.packed` (tiles,
-see docs/format.md) and `NAME.scale`, the embedding as float32 or as int8 tiles with row scales,
-everything else float32. They are used where they lie and never copied, so that a file can be mapped.
+The tensors are those of an exported file, by the same names: ternary layers as `NAME.packed`
+(tiles, see docs/format.md) and `NAME.scale`, the embedding as float32 or as int8 tiles with row
+scales, everything else float32. They are used where they lie and not copied, so that a file can be
+mapped into memory.
 
 The engine computes what `BitGenModel` computes: the same integers in every ternary product, sums of
 floats in another order. It runs models with ternary weights; pictures only by the `vit` encoder.
@@ -26,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitgen.config import ATTENTION_MODES, BitGenConfig
-from bitgen.errors import BitGenError, InputError, ModelFileError
+from bitgen.errors import InputError, ModelFileError
 from bitgen.kernels import library
 
 Floats = npt.NDArray[np.float32]
@@ -188,9 +189,7 @@ class Engine:
                 f" {list(pixels_B3HW.shape)}."
             )
         pixels = np.ascontiguousarray(pixels_B3HW)
-        tokens = np.empty(
-            (len(pixels), self.num_image_tokens, self.config.hidden_size), np.float32
-        )
+        tokens = np.empty((len(pixels), self.num_image_tokens, self.config.hidden_size), np.float32)
         self._check(
             self._library.bitgen_engine_encode_images(
                 self._handle, pixels.ctypes.data, len(pixels), tokens.ctypes.data
@@ -350,9 +349,7 @@ class Engine:
         if kind == "packed" and f"{layer}.scale" in tensors:
             tiles = self._keep(tensor, np.uint8)
             scale = float(tensors[f"{layer}.scale"])
-            done = set_ternary(
-                self._handle, layer.encode(), tiles.ctypes.data, tiles.nbytes, scale
-            )
+            done = set_ternary(self._handle, layer.encode(), tiles.ctypes.data, tiles.nbytes, scale)
         elif kind == "tiles" and f"{layer}.row_scales" in tensors:
             tiles = self._keep(tensor, np.int8)
             scales = self._keep(tensors[f"{layer}.row_scales"], np.float32)
@@ -482,9 +479,7 @@ class Generator:
     def _take(self) -> tuple[int, EngineGeneration]:
         found = _Generation()
         tokens = np.empty(self.options.max_tokens, np.int32)
-        self._native.bitgen_generator_take(
-            self._handle, ctypes.byref(found), tokens.ctypes.data
-        )
+        self._native.bitgen_generator_take(self._handle, ctypes.byref(found), tokens.ctypes.data)
         generation = EngineGeneration(
             tokens[: found.num_tokens].tolist(), found.log_probability, bool(found.finished)
         )
@@ -518,7 +513,7 @@ class _EngineConfig(ctypes.Structure):
 def _engine_config(config: BitGenConfig) -> _EngineConfig:
     values: dict[str, Any] = {
         name: getattr(config, name)
-        for name, _ in _EngineConfig._fields_
+        for name in (field[0] for field in _EngineConfig._fields_)
         if name not in ("attention_mode", "num_robots", "image_mean", "image_std")
     }
     values["attention_mode"] = ATTENTION_MODES.index(config.attention_mode)

@@ -53,8 +53,8 @@ struct QuantizedRows {
 // columns (four times 4^3 * 2 * 128 a column must fit int32), int8 sums as long as they fit int32.
 struct Kernels {
   const char* name;
-  // Rows [first_row, last_row) of x, whose rows are x_stride floats apart: scale = 127 / max(|x|,
-  // 1e-5), values = x * scale rounded half to even. Fills values, padding, scales and sums.
+  // Rows [first_row, last_row) of x, whose rows are x_stride floats apart: scale = 1 / max(|x|,
+  // 1e-5) * 127, values = x * scale rounded half to even. Fills values, padding, scales and sums.
   void (*quantize)(const float* x, int64_t x_stride, int64_t first_row, int64_t last_row,
                    QuantizedRows* out);
   void (*ternary_sums)(const QuantizedRows* x, const TernaryMatrix* matrix, int64_t first_tile,

@@ -27,6 +27,7 @@ struct Vector {
   }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store_part(float* p, int64_t count) const { _mm256_maskstore_ps(p, mask_of(count), v); }
+  static void prefetch(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
   static Vector all(float x) { return {_mm256_set1_ps(x)}; }
   static Vector add(Vector a, Vector b) { return {_mm256_add_ps(a.v, b.v)}; }
   static Vector sub(Vector a, Vector b) { return {_mm256_sub_ps(a.v, b.v)}; }

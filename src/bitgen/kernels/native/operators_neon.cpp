@@ -34,6 +34,11 @@ struct Vector {
     store(lanes);
     for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
   }
+#if defined(_MSC_VER) && !defined(__clang__)
+  static void prefetch(const float* p) { __prefetch(p); }
+#else
+  static void prefetch(const float* p) { __builtin_prefetch(p); }
+#endif
   static Vector all(float x) { return {vdupq_n_f32(x)}; }
   static Vector add(Vector a, Vector b) { return {vaddq_f32(a.v, b.v)}; }
   static Vector sub(Vector a, Vector b) { return {vsubq_f32(a.v, b.v)}; }

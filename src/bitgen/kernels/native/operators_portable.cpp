@@ -32,6 +32,7 @@ struct Vector {
   void store_part(float* p, int64_t count) const {
     for (int i = 0; i < count; ++i) p[i] = v[i];
   }
+  static void prefetch(const float*) {}
   static Vector all(float x) { return each([=](int) { return x; }); }
   static Vector add(Vector a, Vector b) { return each([=](int i) { return a.v[i] + b.v[i]; }); }
   static Vector sub(Vector a, Vector b) { return each([=](int i) { return a.v[i] - b.v[i]; }); }
