@@ -29,11 +29,12 @@ from bitgen.config import DEVICES
 from bitgen.console import console, file_size
 from bitgen.dataset.coco import CaptionedImage, load_coco
 from bitgen.dataset.collate import Collator, Sample
-from bitgen.dataset.images import normalize_images
+from bitgen.dataset.images import load_image, normalize_images
 from bitgen.export.artifact import EMBEDDINGS, PACKINGS
-from bitgen.export.safetensors import ExportReport, export_safetensors
-from bitgen.inference.predictor import BitGen, Caption, picture_pixels
+from bitgen.export.safetensors import ExportReport, export_safetensors, load_artifact
+from bitgen.inference.predictor import BitGen, Caption
 from bitgen.inference.scene_evaluation import score_captions
+from bitgen.model.device import resolve_device
 from bitgen.training.losses import caption_loss
 
 SCENES_FILE = "scenes_val.json"
@@ -54,7 +55,7 @@ def main() -> int:
                 reports[case] = export_safetensors(
                     arguments.model, path, packing=packing, embedding=embedding
                 )
-                model = BitGen.load(path, arguments.device)
+                model = in_pytorch(path, arguments.device)
                 captions[case] = describe(model, pictures, arguments, f"{embedding}, {packing}")
                 if packing == PACKINGS[0]:
                     models[embedding] = model
@@ -129,6 +130,14 @@ def read_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def in_pytorch(path: Path, device: str) -> BitGen:
+    """An exported file, run by PyTorch: losses and margins are read from its logits."""
+    loaded = load_artifact(path)
+    return BitGen(
+        loaded.model, loaded.tokenizer, loaded.catalog, resolve_device(device), loaded.info
+    )
+
+
 def describe(
     model: BitGen, pictures: Sequence[CaptionedImage], arguments: argparse.Namespace, name: str
 ) -> list[Caption]:
@@ -152,7 +161,7 @@ def validation_loss(model: BitGen, pictures: Sequence[CaptionedImage], batch_siz
     collate = Collator(tokenizer.pad_id, num_robots=0)
     samples = []
     for picture in pictures:
-        pixels = torch.from_numpy(picture_pixels(picture.path, config))
+        pixels = torch.from_numpy(load_image(picture.path, config.image_size, config.image_resize))
         for caption in picture.captions:
             ids = [tokenizer.bos_id, *tokenizer.encode(caption), tokenizer.eos_id]
             samples.append(Sample(ids, 1, pixels))
@@ -177,8 +186,9 @@ def margin(model: BitGen, path: Path, tokens: Sequence[int], others: Sequence[in
     place, (token, other) = next(
         (place, pair) for place, pair in enumerate(pairs) if pair[0] != pair[1]
     )
-    pixels = torch.from_numpy(picture_pixels(path, model.config))[None].to(model.device)
-    images = normalize_images(pixels, model.config.image_mean, model.config.image_std)
+    config = model.config
+    pixels = torch.from_numpy(load_image(path, config.image_size, config.image_resize))
+    images = normalize_images(pixels[None].to(model.device), config.image_mean, config.image_std)
     ids_BL = torch.tensor([[bos, *tokens[:place]]], device=model.device)
     prefix_B = torch.ones(1, dtype=torch.long)
     mask = model.model.build_attention_mask(torch.ones_like(ids_BL, device="cpu"), prefix_B)

@@ -16,11 +16,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from bitgen.inference.engine import Engine, GenerationOptions, Generator, TokenSequence
 from common import seconds_of
 
 from bitgen.config import BitGenConfig
 from bitgen.errors import BitGenError, InputError
+from bitgen.inference.engine import Engine, GenerationOptions, Generator, TokenSequence
 from bitgen.kernels import library
 from bitgen.model.bitgen import BitGenModel
 from bitgen.model.ternary import pack_ternary_layers

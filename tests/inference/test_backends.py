@@ -341,11 +341,15 @@ def test_a_gpu_is_preferred_where_torch_sees_one(
 def test_threads_are_those_asked_for(make_run: MakeRun, pictures: list[Path]) -> None:
     run_dir, before = make_run(), (library.threads(), torch.get_num_threads())
     try:
-        expected = BitGen.load(run_dir, "cpu", backend="native", threads=1).caption(pictures[:3])
+        single = BitGen.load(run_dir, "cpu", backend="native", threads=1)
         assert library.threads() == 1
+        expected = single.caption(pictures[:3])
+        robots = single.select_robots("go", pictures[0])
         other = BitGen.load(run_dir, "cpu", backend="native", threads=3)
         assert library.threads() == 3
         assert [c.token_ids for c in other.caption(pictures[:3])] == [c.token_ids for c in expected]
+        for one, same in zip(other.select_robots("go", pictures[0]), robots, strict=True):
+            assert one.probability == pytest.approx(same.probability, abs=CLOSE)
         BitGen.load(run_dir, "cpu", backend="torch", threads=2)
         assert torch.get_num_threads() == 2
     finally:

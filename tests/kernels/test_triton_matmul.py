@@ -216,13 +216,14 @@ def test_kernels_compile_for_gpus_that_are_not_here(capability: int) -> None:
     pointers = {"x_ptr": "*i8", "token_scale_ptr": "*fp32", "lanes_ptr": "*i32"}
     pointers |= {"weight_scale_ptr": "*fp32", "output_ptr": "*fp32"}
     sizes = dict.fromkeys(["num_tokens", "rows", "columns", "tile_columns"], "i32")
+    tile = {"TILE_ROWS": 32, "TILE_COLUMNS": 16}
     for tokens in (1, 64, 2048):
         blocks = module.blocks_for(tokens)
         constants = {"IS_SCALED": True, "TOKENS": blocks.tokens, "ROWS": blocks.rows}
         product = compiled(
             module._product_kernel,
             {**pointers, **sizes},
-            {**constants, "TILES": blocks.tiles, "TILE_ROWS": 32, "TILE_COLUMNS": 16},
+            {**constants, "TILES": blocks.tiles, **tile, "COLUMNS": blocks.tiles * 16},
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,
         )

@@ -10,8 +10,7 @@ matmul` and `quantize`, in the same order: the answers are equal bit for bit.
 This module imports Triton. `bitgen.kernels.gpu` says where it can be used, and imports it there.
 """
 
-from __future__ import annotations
-
+# Annotations are not postponed: Triton 3.0 looks for `tl.constexpr` itself, not for its name.
 import contextlib
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -47,8 +46,8 @@ def blocks_for(num_tokens: int) -> _Blocks:
 
 
 @triton.jit
-def _unpack(lanes, ROWS: tl.constexpr, INPUTS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Int32 lanes `[ROWS, tiles]` -> ternary weights int8 `[ROWS, INPUTS]`.
+def _unpack(lanes, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Int32 lanes `[ROWS, tiles]` -> ternary weights int8 `[ROWS, COLUMNS]`.
 
     Input 4f + b of a tile lies in byte b of its lane, bits 2f and 2f + 1. Each join adds one bit
     of that number, the highest first. Four weights are unpacked at once: as bytes of one number.
@@ -59,7 +58,7 @@ def _unpack(lanes, ROWS: tl.constexpr, INPUTS: tl.constexpr):  # type: ignore[no
     lanes = ((lanes & 0x03030303) + 0x7F7F7F7F) ^ -0x7F7F7F80
     lanes = tl.join(lanes, lanes >> 16)
     lanes = tl.join(lanes, lanes >> 8)
-    return tl.reshape(lanes.to(tl.int8), (ROWS, INPUTS))
+    return tl.reshape(lanes.to(tl.int8), (ROWS, COLUMNS))
 
 
 @triton.jit(do_not_specialize=["num_tokens", "tile_columns"])
@@ -79,15 +78,16 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     TILES: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr,  # TILES * TILE_COLUMNS
 ):
     """Rows of `T @ x.T`, written as columns of the output `[M, N]`.
 
-    The weights stand on the left, because only that factor comes from registers on every GPU.
+    The weights stand on the left: Hopper's tensor cores take only that factor from registers.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     tile = tl.arange(0, TILES)
-    column = tl.arange(0, TILES * TILE_COLUMNS)
+    column = tl.arange(0, COLUMNS)
     first_lane = (row // TILE_ROWS).to(tl.int64) * tile_columns * TILE_ROWS + row % TILE_ROWS
     lane_ptrs = lanes_ptr + first_lane[:, None] + tile[None, :] * TILE_ROWS
     x_ptrs = x_ptr + token.to(tl.int64)[None, :] * columns + column[:, None]
@@ -103,7 +103,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
             mask=(token < num_tokens)[None, :] & (first * TILE_COLUMNS + column < columns)[:, None],
             other=0,
         )
-        sums = tl.dot(_unpack(lanes, ROWS, TILES * TILE_COLUMNS), x, sums, out_dtype=tl.int32)
+        sums = tl.dot(_unpack(lanes, ROWS, COLUMNS), x, sums, out_dtype=tl.int32)
     output = sums
     if IS_SCALED:
         token_scale = tl.load(token_scale_ptr + token, mask=token < num_tokens, other=1.0)
@@ -244,6 +244,7 @@ def _launch(
             TILES=blocks.tiles,
             TILE_ROWS=TILE_ROWS,
             TILE_COLUMNS=TILE_COLUMNS,
+            COLUMNS=blocks.tiles * TILE_COLUMNS,
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,
             enable_fp_fusion=False,

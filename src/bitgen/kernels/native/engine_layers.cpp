@@ -46,7 +46,7 @@ void Model::prepare_scratch(Scratch& s, int64_t rows, int64_t keys) const {
   const int64_t panel = operators_.panel_width, padded_keys = round_up(keys, panel);
   s.key_panels.ensure(padded_keys * widest_head_);
   s.value_panels.ensure(keys * round_up(widest_head_, panel));
-  s.scores.ensure(padded_keys * operators_.row_block);
+  s.scores.ensure(padded_keys * operators_.row_block + 16);
 }
 
 int64_t Model::prepare_threads(int64_t rows, int64_t keys) {

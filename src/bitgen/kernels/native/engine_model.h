@@ -26,7 +26,7 @@ namespace bitgen {
 
 // Rows for each thread up to which a pass shares out the rows of the weights; behind, the tokens.
 constexpr int64_t kSmallBatch = 16;
-constexpr int64_t kRowsAtOnce = 64;  // of one thread by itself
+constexpr int64_t kRowsAtOnce = 32;  // of one thread by itself
 // Consecutive logits that one thread makes at a time, and that have LogitStatistics.
 constexpr int64_t kLogitBlock = 8 * kTileRows;
 

@@ -344,6 +344,7 @@ int32_t Generator::draw(int64_t row, Request& request) {
       count *= 8;
       continue;
     }
+    if (num_kept == 0) return likeliest(row);  // logits that are not numbers
     const double drawn = uniform * kept;
     double sum = 0.0;
     size_t i = 0;

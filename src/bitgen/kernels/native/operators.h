@@ -56,7 +56,7 @@ struct Operators {
   void (*linear)(const float* x, int64_t x_stride, int64_t rows, const float* weights, int64_t n,
                  int64_t first, int64_t last, float* out, int64_t out_stride);
   // One query row of a head over keys and values [slot][head_dim]; key i lies in slot slots[i].
-  // scores: room for num_keys. out may be the query.
+  // scores: room for 16 numbers more than there are keys. out may be the query.
   void (*attend)(const float* query, const float* keys, const float* values, const int32_t* slots,
                  int64_t num_keys, int64_t head_dim, float* scores, float* out);
   // Keys as [ceil(num_keys / panel_width)][head_dim][panel_width], values as
