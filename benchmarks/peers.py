@@ -25,7 +25,8 @@ a model with another activation function as `other activation`.
                    BitGen have the squared ReLU, so it is compared with such a model; the work is
                    the same.
     bitnet.cpp     I2_S, architecture `bitnet-b1.58`
-    ik_llama.cpp   IQ2_BN, architecture `bitnet-b1.58`, as it is and repacked at load (IQ2_BN_R4)
+    ik_llama.cpp   IQ2_BN, architecture `bitnet-b1.58`, as it is and repacked at load (IQ2_BN_R4);
+                   for widths from 512 on, below which it aborts
 
 Embedding and head of the peers are Q8_0 (8.5 bits) beside our int8 ones (8 bits); with
 `--embedding F16` or `F32` they have those, beside our float32 ones. Contexts, caches and attention
@@ -44,6 +45,7 @@ import functools
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -109,6 +111,7 @@ def main() -> int:
             sources[option] = getattr(arguments, option)
     checks: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
+    left_out: dict[str, list[str]] = defaultdict(list)
     bandwidths = {threads: read_bandwidth(threads) for threads in arguments.threads}
     with tempfile.TemporaryDirectory(dir=arguments.work_dir) as name:
         folder = Path(name)
@@ -123,6 +126,9 @@ def main() -> int:
                 programs: dict[str, Program] = {}
                 for kind in PEERS:
                     if kind.option not in sources:
+                        continue
+                    if model.config.hidden_size < kind.smallest_width:
+                        left_out[kind.name].append(model_size)
                         continue
                     path = folder / f"{model_size}_{kind.ternary_type}.gguf"
                     if not path.exists():
@@ -147,6 +153,8 @@ def main() -> int:
                 results += measure(arguments, model, programs, bandwidths)
             for path in folder.glob(f"{model_size}_*"):
                 path.unlink()
+    for program, sizes in left_out.items():
+        console.note(f"{program} does not run matrices as narrow as those of {', '.join(sizes)}.")
     return show(arguments, checks, results, bandwidths, sources)
 
 
@@ -304,17 +312,18 @@ def show(
         ],
     )  # fmt: skip
     console.result("")
-    names = list(results[0]["tokens_per_second"])
+    speeds = [result["tokens_per_second"] for result in results]
+    names = max(speeds, key=len)
 
-    def factor(value: float | None) -> str:
-        return "" if value is None else f"{value:.2f}"
+    def shown(value: float | None, digits: int) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
 
     rows = [
         (
             result["model_size"], result["threads"], result["case"],
-            *(f"{result['tokens_per_second'][name]:.1f}" for name in names),
-            factor(result["over_fastest_peer"]), factor(result["over_pytorch"]),
-            factor(result["of_memory"]),
+            *(shown(result["tokens_per_second"].get(name), 1) for name in names),
+            shown(result["over_fastest_peer"], 2), shown(result["over_pytorch"], 2),
+            shown(result["of_memory"], 2),
         )
         for result in results
     ]  # fmt: skip

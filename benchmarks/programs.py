@@ -60,6 +60,7 @@ class PeerKind:
         activation: of the graph's feed-forward layers.
         options: of peer.cpp.
         subfolder: of the program's folder, where the headers of llama.cpp lie.
+        smallest_width: fewest inputs of a matrix that it multiplies by; it aborts below.
     """
 
     name: str
@@ -69,6 +70,7 @@ class PeerKind:
     activation: str = "squared ReLU"
     options: tuple[str, ...] = ()
     subfolder: str = "."
+    smallest_width: int = 1
 
 
 PEERS = (
@@ -76,9 +78,14 @@ PEERS = (
     PeerKind(
         "bitnet.cpp I2_S", "bitnet_cpp", "bitnet-b1.58", "I2_S", subfolder="3rdparty/llama.cpp"
     ),
-    PeerKind("ik_llama.cpp IQ2_BN", "ik_llama_cpp", "bitnet-b1.58", "IQ2_BN"),
+    PeerKind("ik_llama.cpp IQ2_BN", "ik_llama_cpp", "bitnet-b1.58", "IQ2_BN", smallest_width=512),
     PeerKind(
-        "ik_llama.cpp IQ2_BN_R4", "ik_llama_cpp", "bitnet-b1.58", "IQ2_BN", options=("repack",)
+        "ik_llama.cpp IQ2_BN_R4",
+        "ik_llama_cpp",
+        "bitnet-b1.58",
+        "IQ2_BN",
+        options=("repack",),
+        smallest_width=512,
     ),
 )
 

@@ -329,6 +329,20 @@ def test_a_tiny_temperature_is_greedy() -> None:
         assert engine.generate(prompts, None, options, [1, 2]) == greedy
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"beam_size": 3}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3},
+     {"temperature": 1.0, "top_p": 0.5}],
+)  # fmt: skip
+def test_numbers_that_are_none_crash_nothing(options: dict[str, Any]) -> None:
+    model = packed_model()
+    engine = engine_of(model)
+    image_tokens = np.full((4, 32), np.nan, np.float32)
+    options = {"eos_id": EOS, "max_tokens": 5, **options}
+    (found,) = engine.generate([[3, 4]], [image_tokens], GenerationOptions(**options), [1])
+    assert len(found.tokens) <= 5
+
+
 # The engine against itself ----------------------------------------------------------------------
 
 
@@ -388,7 +402,9 @@ def test_threads_and_neighbours_change_no_bit(
             assert np.array_equal(one.logits[0], output.logits[index])
             assert np.array_equal(one.pooled[0], output.pooled[index])
         assert np.array_equal(np.concatenate(singles), tokens)
-        return [tokens, output.logits, output.pooled]
+        robots = engine.encode_robots(prompts)  # more, and fewer, than threads
+        scores = engine.robot_logits(prompts[:1], None, robots, ["Newcomer"] * 7)
+        return [tokens, output.logits, output.pooled, robots, scores]
 
     set_threads(1)
     want = compute()

@@ -57,9 +57,10 @@ struct Vector {
     m = _mm_max_ps(m, _mm_movehl_ps(m, m));
     return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
   }
-  // Rounds to whole numbers, half to even, and writes them; returns them.
+  // Rounds to whole numbers, half to even, in [-128, 127], and writes them; returns them.
   static Vector store_int8(Vector a, int8_t* out) {
-    const __m256i whole = _mm256_cvtps_epi32(a.v);
+    const __m256 above = _mm256_max_ps(a.v, _mm256_set1_ps(-128.0f));  // -128 for NaN too
+    const __m256i whole = _mm256_cvtps_epi32(_mm256_min_ps(above, _mm256_set1_ps(127.0f)));
     const __m128i words =
         _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packs_epi16(words, words));

@@ -43,9 +43,10 @@ struct Vector {
   }
   static float sum(Vector a) { return _mm512_reduce_add_ps(a.v); }
   static float largest(Vector a) { return _mm512_reduce_max_ps(a.v); }
-  // Rounds to whole numbers, half to even, and writes them; returns them.
+  // Rounds to whole numbers, half to even, in [-128, 127], and writes them; returns them.
   static Vector store_int8(Vector a, int8_t* out) {
-    const __m512i whole = _mm512_cvtps_epi32(a.v);
+    const __m512 above = _mm512_max_ps(a.v, _mm512_set1_ps(-128.0f));  // -128 for NaN too
+    const __m512i whole = _mm512_cvtps_epi32(_mm512_min_ps(above, _mm512_set1_ps(127.0f)));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtsepi32_epi8(whole));
     return {_mm512_cvtepi32_ps(whole)};
   }

@@ -59,9 +59,10 @@ struct Vector {
   }
   static float sum(Vector a) { return vaddvq_f32(a.v); }
   static float largest(Vector a) { return vmaxvq_f32(a.v); }
-  // Rounds to whole numbers, half to even, and writes them; returns them.
+  // Rounds to whole numbers, half to even, in [-128, 127], and writes them; returns them.
   static Vector store_int8(Vector a, int8_t* out) {
-    const int32x4_t whole = vcvtnq_s32_f32(a.v);
+    const float32x4_t above = vmaxq_f32(a.v, vdupq_n_f32(-128.0f));
+    const int32x4_t whole = vcvtnq_s32_f32(vminq_f32(above, vdupq_n_f32(127.0f)));  // NaN is 0
     const int16x4_t words = vqmovn_s32(whole);
     int8_t lanes[8];
     vst1_s8(lanes, vqmovn_s16(vcombine_s16(words, words)));

@@ -59,13 +59,13 @@ struct Vector {
     for (int i = 1; i < kLanes; ++i) most = a.v[i] > most ? a.v[i] : most;
     return most;
   }
-  // Rounds to whole numbers, half to even, and writes them; returns them.
+  // Rounds to whole numbers, half to even, in [-128, 127], and writes them; returns them.
   static Vector store_int8(Vector a, int8_t* out) {
-    const Vector whole = round(a);
-    for (int i = 0; i < kLanes; ++i) {
-      const float x = whole.v[i];
-      out[i] = static_cast<int8_t>(x >= 127.0f ? 127.0f : x > -128.0f ? x : -128.0f);
-    }
+    const Vector whole = each([=](int i) {
+      const float x = rintf(a.v[i]);
+      return x >= 127.0f ? 127.0f : x > -128.0f ? x : -128.0f;  // -128 for NaN too
+    });
+    for (int i = 0; i < kLanes; ++i) out[i] = static_cast<int8_t>(whole.v[i]);
     return whole;
   }
   // The sums of kLanes registers.
