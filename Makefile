@@ -15,6 +15,12 @@ OLD_REQUIREMENTS := "torch==$(OLD_TORCH).*" "torchvision==0.17.*" "numpy<2"
 OLD_PYTHON ?= $(PYTHON)
 OLD_VENV := .venv-torch-$(OLD_TORCH)
 
+# Two processes with a thread each: models of tests are so small that a second thread in one process
+# would only be waited for. A file's tests stay together, for the models that they share.
+TEST_PROCESSES ?= 2
+SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile
+test test-fast run-on-old-torch: export OMP_NUM_THREADS := 1
+
 .PHONY: all demo test test-fast test-old-torch run-on-old-torch coverage lint format clean
 
 all: $(BUILT)
@@ -32,15 +38,14 @@ demo: $(BUILT)
 	$(BIN)/bitgen demo --overwrite
 
 test: $(BUILT)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-fast: $(BUILT)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
 # Torch 2.2 was published for Python 3.8 to 3.12. With a newer one this says so, and fails where the
 # variable CI is set. Left out are tests that need the extra `hf` (they skip, saying so), and slow
-# tests outside tests/training: `make test` has shown what they show. Models are so small that a
-# second thread would only be waited for.
+# tests outside tests/training: `make test` has shown what they show.
 test-old-torch:
 	@if $(OLD_PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 13))'; then \
 		$(MAKE) --no-print-directory run-on-old-torch; \
@@ -50,10 +55,9 @@ test-old-torch:
 		test -z "$$CI"; \
 	fi
 
-run-on-old-torch: export OMP_NUM_THREADS := 1
 run-on-old-torch: $(OLD_VENV)/installed
-	$(OLD_VENV)/bin/python -m pytest -rs -m "not slow"
-	$(OLD_VENV)/bin/python -m pytest -rs -m slow tests/training
+	$(OLD_VENV)/bin/python -m pytest $(SIDE_BY_SIDE) -rs -m "not slow"
+	$(OLD_VENV)/bin/python -m pytest $(SIDE_BY_SIDE) -rs -m slow tests/training
 
 $(OLD_VENV)/installed: pyproject.toml
 	$(OLD_PYTHON) -m venv $(OLD_VENV)
