@@ -153,7 +153,7 @@ def train(case: Case, folder: Path) -> None:
     """Three updates, one of which counts the ternary weights, in this process."""
     scenes = folder / "scenes"
     prepare_training(
-        DataSources([scenes], robot_data=scenes / "robots_train.json"),
+        DataSources([scenes], robot_data=[scenes / "robots_train.json"]),
         folder / "run",
         model_size=case.model_size,
         model_changes={"quantization": case.quantization},

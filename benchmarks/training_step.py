@@ -182,7 +182,7 @@ def time_steps(arguments: argparse.Namespace, case: Case) -> float:
             keep_freed_memory = "bitgen.training.trainer.keep_freed_memory"
             stack.enter_context(mock.patch(keep_freed_memory, return_value=False))
         prepare_training(
-            DataSources([scenes], robot_data=scenes / "robots_train.json"),
+            DataSources([scenes], robot_data=[scenes / "robots_train.json"]),
             Path(output) / "run",
             model_size=arguments.model_sizes[0],
             model_changes={"quantization": case.quantization},

@@ -87,7 +87,14 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
                 step,
                 model=model.state_dict(),
                 training={},
-                state={"progress": {"epoch": 1, "loss": 2.5, "best_loss": 2.25}},
+                state={
+                    "progress": {
+                        "epoch": 1,
+                        "loss": 2.5,
+                        "best_loss": 2.25,
+                        "robot_threshold": 0.35,
+                    }
+                },
                 is_best=step == steps[0],
                 keep=9,
             )

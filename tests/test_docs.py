@@ -29,10 +29,20 @@ def test_pictures_of_masks_are_those_that_the_code_draws() -> None:
     assert set(re.findall(r"masks/(\w+)\.svg", page)) == set(drawn)
 
 
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
 def test_files_that_a_page_names_are_there(page: Path) -> None:
     text = page.read_text("utf-8")
-    for name in re.findall(r"\]\(([^):]+?)\)", text):
-        assert (DOCS / name).exists(), name
+    for target in re.findall(r"\]\(([^):]+?)\)", text):
+        name, _, heading = target.partition("#")
+        named = DOCS / name if name else page
+        assert named.exists(), target
+        if heading:
+            assert heading in headings(named), target
     for name in re.findall(r"`((?:tests|benchmarks|src|docs)/[\w/.]+)`", text):
         assert (DOCS.parent / name).exists(), name

@@ -1,20 +1,24 @@
-"""What an installed BitGen holds: code and robot catalog, without the checkout beside it."""
+"""What an installed BitGen holds: code, robot catalog and model, without the checkout beside it."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from bitgen.dataset.robots import load_catalog
+from bitgen.export.safetensors import export_safetensors
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -22,6 +26,11 @@ else:
     import tomli as tomllib  # pytest brings it where Python has none
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+
+needs_hatchling = pytest.mark.skipif(
+    importlib.util.find_spec("hatchling") is None,
+    reason="needs hatchling installed, so that nothing is fetched",
+)
 
 _CATALOG_NAMES = """
 import bitgen
@@ -68,11 +77,49 @@ def test_package_and_included_files_work_alone(tmp_path: Path) -> None:
     assert_works_alone(packages, tmp_path)
 
 
+@needs_hatchling
+def test_the_model_is_in_sdist_and_wheel_and_answers(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A model in data/model goes into the sdist, from there into the wheel, and answers at once."""
+    checkout, built, packages = tmp_path / "checkout", tmp_path / "built", tmp_path / "packages"
+    checkout.mkdir()
+    for name in (".gitignore", "README.md", "pyproject.toml", "hatch_build.py"):
+        shutil.copyfile(CHECKOUT / name, checkout / name)
+    for name in ("src", "data"):
+        shutil.copytree(CHECKOUT / name, checkout / name)
+    model = checkout / "data" / "model" / "tiny.safetensors"
+    export_safetensors(make_run(), model, overwrite=True)
+    (checkout / "data" / "other.safetensors").write_bytes(b"not to ship")
+    without_compiler = {**os.environ, "BITGEN_NATIVE": "0"}
+    hatchling = [sys.executable, "-m", "hatchling", "build", "--directory", str(built), "--target"]
+    finish([*hatchling, "sdist"], checkout, without_compiler)
+    (sdist,) = built.glob("bitgen-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        assert not any("other.safetensors" in name for name in archive.getnames())
+        if sys.version_info >= (3, 12):
+            archive.extractall(tmp_path / "sdist", filter="data")
+        else:
+            archive.extractall(tmp_path / "sdist")
+    (unpacked,) = (tmp_path / "sdist").iterdir()
+    finish([*hatchling, "wheel"], unpacked, without_compiler)
+    (wheel,) = built.glob("bitgen-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(packages)
+    installed = packages / "bitgen" / "data" / "model"
+    assert (installed / "tiny.safetensors").read_bytes() == model.read_bytes()
+    assert (installed / "README.md").is_file()
+
+    Image.new("RGB", (64, 48), "green").save(tmp_path / "photo.png")
+    command = ["-m", "bitgen", "infer", "photo.png", "--task", "Bring a ball.", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(packages)}
+    line = json.loads(finish([sys.executable, *command], tmp_path, environment))
+    assert line["image"] == "photo.png"
+    assert {robot["name"] for robot in line["robots"]} == {r.name for r in load_catalog()}
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("hatchling") is None,
-    reason="needs hatchling installed, so that nothing is fetched",
-)
+@needs_hatchling
 def test_wheel_works_alone(tmp_path: Path) -> None:
     """A wheel that is built and unpacked has command, catalog and every module."""
     wheels, packages = tmp_path / "wheels", tmp_path / "packages"

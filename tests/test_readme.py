@@ -6,6 +6,11 @@ A command that no rule covers is run as it stands. Not run:
     make, git, cd          they set up a checkout, which is what this test runs in
     bitgen data download   fetches 19 GB; tests/dataset/test_download.py fetches from a local server
     bitgen demo            tests/cli/test_demo.py runs it
+    pip install            tests/test_packaging.py builds and unpacks what it installs
+    bitgen infer --watch   does not end; tests/cli/test_watch.py runs it
+
+Commands without --model that come before a training are run where a model is in data/model. No
+input comes to `bitgen chat`.
 
 Of `torchrun ... -m bitgen train ...` only the training is run, as one process:
 tests/training/test_distributed.py starts several.
@@ -30,7 +35,10 @@ from bitgen.dataset.scenes import write_scenes
 CHECKOUT = Path(__file__).resolve().parents[1]
 README = CHECKOUT / "README.md"
 
-NOT_RUN = (("make",), ("git",), ("cd",), ("bitgen", "data", "download"), ("bitgen", "demo"))
+NOT_RUN = (
+    *(("make",), ("git",), ("cd",), ("pip", "install")),
+    *(("bitgen", "data", "download"), ("bitgen", "demo"), ("bitgen", "infer", "--watch")),
+)
 
 # Options that are put in the place of the README's, or added. The first rule that fits is used.
 SMALLER: tuple[tuple[tuple[str, ...], dict[str, str]], ...] = (
@@ -48,6 +56,7 @@ SMALLER: tuple[tuple[tuple[str, ...], dict[str, str]], ...] = (
     ),
     (("bitgen", "data", "scenes"), {"--num_train": "30", "--num_val": "6"}),
     (("bitgen", "infer"), {"--max_tokens": "4", "--device": "cpu"}),
+    (("bitgen", "chat"), {"--max_tokens": "4", "--device": "cpu"}),
 )
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -166,6 +175,7 @@ def finish(command: Sequence[str], directory: Path) -> str:
     }
     done = subprocess.run(
         command,
+        stdin=subprocess.DEVNULL,
         cwd=directory,
         env=environment,
         capture_output=True,

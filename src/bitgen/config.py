@@ -22,7 +22,8 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 CAPTION_SAMPLINGS = ("one", "all")
 SCHEDULES = ("two_stage", "cosine")
 PARALLEL_STRATEGIES = ("ddp", "fsdp")
-OBJECTIVES = ("caption", "mlm")
+OBJECTIVES = ("caption", "mlm", "self_critical")
+BEST_BY = ("auto", "loss", "cider")
 MAX_PREDICT_TOKENS = 8
 
 _Config = TypeVar("_Config", bound="_JsonConfig")
@@ -128,8 +129,16 @@ class BitGenConfig(_JsonConfig):
     image_std: tuple[float, float, float] = _field(
         (0.229, 0.224, 0.225), "Standard deviation per channel of pixels in [0, 1]."
     )
-    image_encoder: str = _field("vit", "vit (ternary), or the name of a torchvision backbone.")
+    image_encoder: str = _field(
+        "vit",
+        "vit (ternary); the name of a torchvision classifier, such as resnet50; or hf:FOLDER, a"
+        " vision tower that transformers opens (DINOv2, SigLIP, CLIP, ViT).",
+    )
+    encoder_config: str = _field("", "transformers' config of an hf: image encoder, as JSON.")
     patch_size: int = _field(16, "Side of one patch of the vit encoder, in pixels.")
+    stem_residual_convolutions: int = _field(
+        0, "Residual convolutions behind each halving but the first of the vit encoder's stem."
+    )
     encoder_hidden_size: int = _field(256, "Width of the vit encoder.")
     encoder_layers: int = _field(4, "Layers of the vit encoder.")
     encoder_heads: int = _field(4, "Heads of the vit encoder.")
@@ -239,6 +248,11 @@ class TrainingConfig(_JsonConfig):
     batch_size: int = _field(32, "Samples a step and process, before accumulation.")
     grad_accumulation: int = _field(1, "Batches whose gradients are added before one update.")
     learning_rate: float = _field(2e-3, "Peak learning rate.")
+    encoder_learning_rate: float | None = _field(
+        None,
+        "Peak learning rate of the image encoder, which rises and falls as the other does. Default:"
+        " --learning_rate, right for a vit from scratch; pretrained ones take a tenth or less.",
+    )
     min_learning_rate: float = _field(1e-5, "Learning rate at the end of the schedule.")
     schedule: str = _field(
         "two_stage",
@@ -250,6 +264,12 @@ class TrainingConfig(_JsonConfig):
     grad_clip: float = _field(1.0, "Largest gradient norm; 0 switches clipping off.")
     label_smoothing: float = _field(0.0, "Share of the target given to all other tokens.")
     robot_loss_weight: float = _field(1.0, "Weight of the robot loss beside the caption loss.")
+    task_word_dropout: float = _field(
+        0.3, "Share of a robot task's tokens that are left out, others in every epoch."
+    )
+    robot_phrase_dropout: float = _field(
+        0.5, "Share of the phrases of robots' texts that are left out, others in every update."
+    )
     image_word_weight: float = _field(
         1.0, "Weight of the loss that has image tokens foretell the captions' words; 0: without."
     )
@@ -265,21 +285,53 @@ class TrainingConfig(_JsonConfig):
     word_pretraining_steps: int = _field(
         0, "First updates, which train the image encoder alone, on the words of the captions."
     )
+    word_pretraining_image_size: int = _field(
+        0, "Side of the pictures in those updates, for vit: smaller ones are faster; 0: full size."
+    )
+    word_mixup: float = _field(
+        0.0, "In those updates, blend pictures and their words two by two (mixup's alpha); 0: none."
+    )
     objective: str = _field(
         "caption",
         "caption: each word foretold from those before it; mlm: hidden words from all others, for"
-        " an encoder (--attention_mode bidirectional).",
+        " an encoder (--attention_mode bidirectional); self_critical: captions that the model draws"
+        " itself, rewarded by CIDEr-D, as a second stage (--initial_model).",
         OBJECTIVES,
     )
     mlm_probability: float = _field(0.15, "Share of a caption's tokens that mlm asks for.")
+    num_sampled_captions: int = _field(
+        5, "Captions that self_critical draws of each picture; each is judged by the others."
+    )
+    cross_entropy_weight: float = _field(
+        0.0, "Weight of the caption loss beside the reward, in self_critical."
+    )
     prompt_probability: float = _field(
         0.1, "Share of captions whose first words are given as a prompt, without loss."
     )
     augment: bool = _field(True, "Vary pictures in training (crop, colour, mirror where true).")
+    norm_batch: int = _field(
+        4,
+        "Pictures by whose common means and variances the convolutions of vit are normalised. More"
+        " learn sooner; accumulated batches equal a large one where their size is a multiple.",
+    )
+    cached_views: int = _field(
+        1,
+        "With --freeze_encoder: versions of each picture whose features are computed once and kept"
+        " on disk. 1: the picture as it is; more: so many that --augment varies; 0: none, the"
+        " encoder runs in every update.",
+    )
+    smallest_crop: float = _field(
+        0.5, "Smallest side of the crops that --augment makes, as a share of the picture's."
+    )
     captions: str = _field(
         "one", "one: one caption of an image drawn per epoch; all: every one.", CAPTION_SAMPLINGS
     )
     max_caption_tokens: int = _field(40, "Longer captions are cut, in tokens.")
+    max_plan_tokens: int = _field(
+        200, "Longer plans lose their last subtasks; in tokens, frame and robots included."
+    )
+    robot_repeats: int = _field(1, "Times that each robot task comes in an epoch.")
+    plan_repeats: int = _field(1, "Times that each plan comes in an epoch.")
     length_buckets: bool = _field(
         False, "Batch captions of similar length: less padding, but less mixed updates."
     )
@@ -305,6 +357,15 @@ class TrainingConfig(_JsonConfig):
     patience: int = _field(
         0, "Stop after so many validations in a row without a better one; 0: never."
     )
+    best_by: str = _field(
+        "auto",
+        "What the best validation has: the least loss, or the highest cider of greedy captions;"
+        " auto: cider in self_critical, else loss.",
+        BEST_BY,
+    )
+    cider_images: int = _field(
+        500, "Validation pictures that are captioned for best_by cider, from all over the set."
+    )
     keep_checkpoints: int = _field(2, "Checkpoints kept besides best and last.")
     weights_every: int = _field(
         100, "Updates between counts of the ternary weights (shares, flips); 0: never."
@@ -319,6 +380,11 @@ class TrainingConfig(_JsonConfig):
             "eval_every",
             "save_every",
             "max_caption_tokens",
+            "max_plan_tokens",
+            "norm_batch",
+            "robot_repeats",
+            "plan_repeats",
+            "cider_images",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -334,6 +400,10 @@ class TrainingConfig(_JsonConfig):
             "load_balance_weight",
             "router_z_weight",
             "word_pretraining_steps",
+            "cross_entropy_weight",
+            "word_pretraining_image_size",
+            "word_mixup",
+            "cached_views",
             "patience",
             "keep_checkpoints",
             "weights_every",
@@ -341,17 +411,44 @@ class TrainingConfig(_JsonConfig):
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.num_sampled_captions < 2:
+            raise ConfigError(
+                "num_sampled_captions must be at least 2, because each is judged by the others; got"
+                f" {self.num_sampled_captions}."
+            )
         if self.word_pretraining_steps and not self.image_word_weight:
             raise ConfigError(
                 "word_pretraining_steps trains by the image word loss alone, and image_word_weight"
                 " is 0."
             )
+        if not 0 < self.smallest_crop <= 1:
+            raise ConfigError(f"smallest_crop must be in (0, 1], got {self.smallest_crop}.")
+        if self.cached_views > 1 and not self.augment:
+            raise ConfigError(
+                f"cached_views {self.cached_views} keeps varied versions of each picture, and"
+                " augment is off: all would be the same.",
+                remedy="Take --cached_views 1, or leave --no_augment out.",
+            )
         if not self.learning_rate > 0:
             raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}.")
+        if self.encoder_learning_rate is not None and not self.encoder_learning_rate > 0:
+            raise ConfigError(
+                f"encoder_learning_rate must be positive, got {self.encoder_learning_rate}.",
+                remedy="--freeze_encoder keeps the image encoder as it is.",
+            )
         if self.max_steps is not None and self.max_steps < 1:
             raise ConfigError(f"max_steps must be at least 1, got {self.max_steps}.")
-        for name in ("label_smoothing", "prompt_probability"):
+        for name in (
+            "label_smoothing", "prompt_probability", "task_word_dropout", "robot_phrase_dropout",
+        ):  # fmt: skip
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
         if not 0 < self.mlm_probability < 1:
             raise ConfigError(f"mlm_probability must be in (0, 1), got {self.mlm_probability}.")
+
+    @property
+    def judges_by_cider(self) -> bool:
+        """Whether validation captions pictures, and the best checkpoint is that of most CIDEr."""
+        if self.best_by == "auto":
+            return self.objective == "self_critical"
+        return self.best_by == "cider"

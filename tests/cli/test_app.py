@@ -19,7 +19,7 @@ from bitgen.config import BitGenConfig, TrainingConfig
 from bitgen.errors import DatasetError, DownloadError, Interrupted
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-COMMANDS = ["train", "infer", "export", "info", "demo", "data"]
+COMMANDS = ["train", "infer", "chat", "evaluate", "export", "info", "demo", "data"]
 HEAVY = ("torch", "numpy", "PIL", "torchvision", "transformers", "matplotlib", "safetensors")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from bitgen.cli import models
 from bitgen.dataset.robots import load_catalog
 from bitgen.export.safetensors import load_artifact
 from bitgen.inference.heatmap import group_words
@@ -84,6 +85,56 @@ def test_without_task_no_robots_and_a_readable_listing(
         assert robot.name in listing
 
 
+def test_robots_of_at_least_the_threshold_are_chosen_or_else_the_likeliest(
+    run, trained: Path
+) -> None:
+    ask = ("infer", "--model", trained, "--task", TASK)
+    ranked = run(*ask, "--json", "--robot_threshold", 0).json()["robots"]
+    assert all(robot["chosen"] for robot in ranked)
+    second = ranked[1]["probability"]
+    two = run(*ask, "--json", "--robot_threshold", second - 1e-6).json()["robots"]
+    assert [robot["chosen"] for robot in two] == [True, True, False, False, False]
+    none_is_sure = run(*ask, "--json", "--robot_threshold", 1).json()["robots"]
+    assert [robot["chosen"] for robot in none_is_sure] == [True, *[False] * 4]
+    listing = run(*ask, "--robot_threshold", 1).stdout.splitlines()
+    assert [line[0] for line in listing] == ["*", " ", " ", " ", " "]
+    assert ranked[0]["name"] in listing[0]
+
+
+def test_explain_says_which_words_and_pieces_of_the_picture_weighed_most(
+    run, trained: Path, pictures: list[Path]
+) -> None:
+    ask = ("infer", "--model", trained, "--task", TASK, "--explain")
+    plain = run("infer", "--model", trained, "--task", TASK, "--json").json()["robots"]
+    assert all("why" not in robot for robot in plain)
+    for robot in run(*ask, "--json").json()["robots"]:
+        assert {reason["part"] for reason in robot["why"]} == {"task", "robot"}
+        assert {r["word"] for r in robot["why"] if r["part"] == "task"} <= set(TASK.split())
+    (line,) = run(*ask, pictures[0], "--json", "--max_tokens", 2).json_lines()
+    boxes = [r["box"] for r in line["robots"][0]["why"] if r["part"] == "picture"]
+    assert len(boxes) == 5 and all(0 <= edge <= 1 for box in boxes for edge in box)
+    listing = run(*ask, pictures[0], "--max_tokens", 2).stdout
+    assert listing.count("its text:") == listing.count("% down") // 3 == len(plain)
+    refused = run("infer", pictures[0], "--model", trained, "--explain")
+    assert refused.code == 2 and "--task" in refused.stderr
+
+
+def test_a_catalog_of_other_robots_is_ranked_in_place_of_the_models(
+    run, trained: Path, tmp_path: Path
+) -> None:
+    catalog = tmp_path / "robots.json"
+    robot = {"name": "Crane", "capabilities": ["lifts"], "limitations": [], "environments": []}
+    catalog.write_text(json.dumps([robot]))
+    ask = ("infer", "--model", trained, "--robots", catalog)
+    line = run(*ask, "--task", TASK, "--json").json()
+    assert [(robot["name"], robot["chosen"]) for robot in line["robots"]] == [("Crane", True)]
+    assert run(*ask, "--task", TASK, "--robots", tmp_path / "none.json").code == 2
+    without_task = run("infer", "x.jpg", "--model", trained, "--robots", catalog)
+    assert without_task.code == 2 and "--task" in without_task.stderr
+    above = run(*ask, "--task", TASK, "--robot_threshold", 1.5)
+    assert above.code == 2 and "0 to 1" in above.stderr
+
+
 def test_folders_are_sorted_and_globs_and_files_keep_their_place(
     run, trained: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
@@ -117,7 +168,9 @@ def test_the_newest_run_is_taken_and_told(
     run, trained: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    finished = run("infer", pictures[0])
+    with monkeypatch.context() as without_shipped_model:
+        without_shipped_model.setattr(models, "shipped_model", lambda: None)
+        finished = run("infer", pictures[0])
     assert finished.code == 2
     assert "runs" in finished.stderr
     shutil.copytree(trained, tmp_path / "runs" / "newest", symlinks=True)
@@ -602,4 +655,4 @@ def test_a_bidirectional_model_ranks_robots_and_says_that_it_writes_no_captions(
     assert line["caption"] is None and line["tokens"] is None
     assert len(line["robots"]) == len(load_catalog(model / "robots.json"))
     listing = run("infer", pictures[0], "--model", model, "--task", TASK).stdout
-    assert listing.startswith(f"{pictures[0]}\n  ") and "%" in listing
+    assert listing.splitlines()[0] == str(pictures[0]) and "%" in listing.splitlines()[1]

@@ -13,11 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bitgen.config import BitGenConfig
 from bitgen.dataset.tokenizer import Tokenizer
+from bitgen.export.loaded import load_run
+from bitgen.export.safetensors import load_artifact
 from bitgen.training.checkpoint import open_run
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -457,3 +460,69 @@ def test_a_dry_run_refuses_what_training_would(run, scenes: Path, trained: Path)
     existing = run("train", "--dry_run", "--coco_data", scenes, "--output_dir", trained)
     assert existing.code == 2
     assert "exists already" in existing.stderr
+
+
+def test_a_training_starts_from_another_runs_weights(
+    run, scenes: Path, trained: Path, small_training: list[str], tmp_path: Path
+) -> None:
+    """Which are validated and saved first; a second stage then rewards captions."""
+    command = (
+        *("train", "--quiet", "--initial_model", trained, "--coco_data", scenes),
+        *("--objective", "self_critical", "--num_sampled_captions", 2, "--max_caption_tokens", 6),
+        *("--batch_size", 4, "--max_steps", 1, "--cache_dir", small_training[-1]),
+    )
+    finished = run(*command, "--json", "--output_dir", tmp_path / "run")
+    assert finished.code == 0, finished.stderr
+    assert finished.json()["cider"] is not None
+    opened, first = open_run(tmp_path / "run"), open_run(trained)
+    assert opened.config == first.config
+    assert opened.tokenizer_json == first.tokenizer_json
+    assert opened.robots_json == first.robots_json
+    assert opened.data["initial_model"] == str(trained.resolve())
+    weights = load_file(tmp_path / "run" / "checkpoints" / "step_000000" / "model.safetensors")
+    expected = load_file(first.model_path)
+    assert weights.keys() == expected.keys()
+    for name, value in expected.items():
+        assert weights[name].equal(value), name
+    assert [line["step"] for line in metrics(tmp_path / "run") if line["kind"] == "validation"] == [
+        0, 1,
+    ]  # fmt: skip
+
+
+def test_a_training_starts_from_an_exported_file(
+    run, scenes: Path, exported: Path, trained: Path, small_training: list[str], tmp_path: Path
+) -> None:
+    finished = run(
+        *("train", "--initial_model", exported, "--coco_data", scenes, "--max_steps", 1),
+        *("--cache_dir", small_training[-1], "--output_dir", tmp_path / "run"),
+    )
+    assert finished.code == 0, finished.stderr
+    opened, first = open_run(tmp_path / "run"), open_run(trained)
+    assert f"Starting from step {first.step:,} of {exported}" in finished.stderr
+    assert (opened.config, opened.tokenizer_json) == (first.config, first.tokenizer_json)
+    assert opened.robots_json == first.robots_json
+    started = load_run(tmp_path / "run" / "checkpoints" / "step_000000").model.state_dict()
+    expected = load_artifact(exported).model.state_dict()
+    assert started.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(started[name], value, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--image_size", "64"], ["image_size is 32 there, 64 here"]),
+        (["--model_size", "tiny"], ["num_layers is 3 there, 6 here", "image_size"]),
+        (["--encoder_weights", "DEFAULT"], ["--encoder_weights"]),
+        (["--initial_model", "absent"], ["absent"]),
+        (["--resume"], ["--initial_model"]),
+    ],
+)
+def test_what_does_not_fit_the_initial_model_is_refused(
+    run, scenes: Path, trained: Path, tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    finished = run(
+        *("train", "--quiet", "--initial_model", trained, "--coco_data", scenes),
+        *("--output_dir", tmp_path / "run", *arguments),
+    )
+    assert_refused(finished, tmp_path, *words)

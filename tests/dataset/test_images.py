@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from bitgen.dataset import images
+from bitgen.dataset import images, shards
 from bitgen.dataset.images import (
     MAX_PIXELS,
     PAD_COLOUR,
@@ -358,7 +358,7 @@ def pictures(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_SHARD_BYTES", 16 * 3 * 16 * 16)
+    monkeypatch.setattr(shards, "_SHARD_BYTES", 16 * 3 * 16 * 16)
 
 
 @pytest.fixture
@@ -551,7 +551,7 @@ def test_a_waiting_process_takes_what_the_other_made(
 def test_without_locks_two_at_once_are_still_safe(
     tmp_path: Path, pictures: list[Path], small_shards: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(images, "_try_lock", lambda file: True)
+    monkeypatch.setattr(shards, "_try_lock", lambda file: True)
     caches = [ImageCache(tmp_path / "cache", 16, "crop") for _ in range(4)]
     with ThreadPoolExecutor(4) as executor:
         list(executor.map(lambda cache: cache.prepare(pictures), caches))
@@ -562,8 +562,8 @@ def test_without_locks_two_at_once_are_still_safe(
 PREPARE_AND_STALL = """
 import sys, time
 from pathlib import Path
-from bitgen.dataset import images
-images._SHARD_BYTES = 16 * 3 * 16 * 16
+from bitgen.dataset import images, shards
+shards._SHARD_BYTES = 16 * 3 * 16 * 16
 def stall(done, total):
     if done == 20:
         print("stalled", flush=True)

@@ -1,19 +1,23 @@
 from __future__ import annotations
 
-import importlib.resources
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from bitgen import shipped
 from bitgen.dataset.robots import (
+    Robot,
     RobotTask,
     catalog_from_json,
     catalog_to_json,
     load_catalog,
     load_tasks,
     split_tasks,
+    without_tasks,
 )
 from bitgen.errors import DatasetError
 
@@ -41,7 +45,7 @@ def test_catalog_in_an_installed_package(tmp_path: Path, monkeypatch: pytest.Mon
     folder.mkdir(parents=True)
     catalog = load_catalog()[:2]
     (folder / "catalog.json").write_text(catalog_to_json(catalog), encoding="utf-8")
-    monkeypatch.setattr(importlib.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(shipped, "_PACKAGE", tmp_path)
     assert load_catalog() == catalog
 
 
@@ -99,6 +103,27 @@ def test_own_form(tmp_path: Path) -> None:
     ]
 
 
+def test_the_same_task_of_several_files_is_merged_and_half_of_the_voices_count(
+    tmp_path: Path,
+) -> None:
+    votes = [["Drone"], ["Drone", "Humanoid"], ["drone", "Humanoid"], ["Underwater Robot"]]
+    paths = [
+        write(tmp_path / f"{number}.json", [{"task": text, "robots": robots}])
+        for number, (text, robots) in enumerate(
+            zip(["Look up.", "look up", "Task: LOOK  UP.", "Look up. "], votes, strict=True)
+        )
+    ]
+    catalog = load_catalog()
+    assert load_tasks(paths, catalog) == [RobotTask("Look up.", ("Drone", "Humanoid"))]
+    apart = [[["Drone"], ["Humanoid"], ["Robot with Legs"]][n % 3] for n in range(3)]
+    for path, robots in zip(paths[:3], apart, strict=True):
+        write(path, [{"task": "Look up.", "robots": robots}])
+    every = ("Drone", "Humanoid", "Robot with Legs")
+    assert load_tasks(paths[:3], catalog) == [RobotTask("Look up.", every)]
+    held_out = [RobotTask("LOOK up", ("Drone",))]
+    assert without_tasks([*held_out, RobotTask("Go.", ("Drone",))], held_out)[0].task == "Go."
+
+
 def test_instruction_form(tmp_path: Path) -> None:
     path = write(
         tmp_path / "tasks.json",
@@ -118,8 +143,11 @@ def test_instruction_form(tmp_path: Path) -> None:
 def test_real_tasks(robots_dir: Path) -> None:
     single = load_tasks(robots_dir / "single_robot_selection.json", load_catalog())
     multi = load_tasks(robots_dir / "multi_robot_selection_dataset.json", load_catalog())
-    # 201 and 200 entries, of which four repeat a task.
+    # 201 and 200 entries, of which four repeat a task; one stands in the first file alone.
     assert (len(single), len(multi)) == (197, 196)
+    paths = [robots_dir / "multi_robot_selection_dataset.json"]
+    both = load_tasks([robots_dir / "single_robot_selection.json", *paths], load_catalog())
+    assert both == single
     assert single[0] == RobotTask("Inspect a high-rise building’s exterior for damage.", ("Drone",))
     assert not any(task.task.lower().startswith("task") for task in [*single, *multi])
     labels = {task.task: task.robots for task in single}
@@ -191,3 +219,19 @@ def test_split_does_not_depend_on_where_the_pictures_lie() -> None:
         ]
         sides.append([task.image.name for task in split_tasks(tasks)[1] if task.image])
     assert sides[0] == sides[1] and sides[0]
+
+
+def test_varied_texts_keep_some_phrases_of_each_list_and_at_times_the_name() -> None:
+    robot = load_catalog()[0]
+    random = np.random.default_rng(0)
+    texts = {robot.varied_text(random, 0.5) for _ in range(200)}
+    assert len(texts) > 50
+    known = {*robot.capabilities, *robot.limitations, *robot.environments}
+    for text in texts:
+        lists = dict(part.rstrip(".").split(": ") for part in re.split(r"(?<=\.) ", text)[-3:])
+        assert list(lists) == ["capabilities", "limitations", "environments"]
+        for phrases in lists.values():
+            assert set(phrases.split(", ")) <= known
+    assert 0.5 < sum(text.startswith("Drone.") for text in texts) / len(texts) < 0.9
+    bare = Robot("Crane", (), (), ())
+    assert {bare.varied_text(random, 0.5) for _ in range(20)} == {"Crane."} == {bare.text()}

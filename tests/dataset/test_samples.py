@@ -19,6 +19,7 @@ from bitgen.dataset.images import ImageCache
 from bitgen.dataset.robots import RobotTask
 from bitgen.dataset.samples import TrainingSet, _augmented
 from bitgen.dataset.tokenizer import Tokenizer
+from bitgen.errors import ConfigError
 
 ROBOTS = ("Drone", "Humanoid")
 CAPTIONS = ("a red ball in the sky", "the ball is red", "one red ball")
@@ -53,15 +54,20 @@ def make_set(
 
 
 def reference_augmented(
-    pixels_3SS: np.ndarray, may_mirror: bool, random: np.random.Generator
+    pixels_3SS: np.ndarray, smallest_crop: float, may_mirror: bool, random: np.random.Generator
 ) -> np.ndarray:
     """What runs were trained with, plainly written."""
     size = pixels_3SS.shape[-1]
-    side = size * random.uniform(0.85, 1.0)
-    left, top = random.uniform(0, size - side, 2)
+    side = size * random.uniform(smallest_crop, 1.0)
+    stretch = (4 / 3) ** random.uniform(-0.5, 0.5)
+    if smallest_crop == 1:
+        stretch = 1.0
+    width, height = min(size, side * stretch), min(size, side / stretch)
+    left = random.uniform(0, size - width)
+    top = random.uniform(0, size - height)
     image = Image.fromarray(np.ascontiguousarray(pixels_3SS.transpose(1, 2, 0)))
     image = image.resize(
-        (size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
+        (size, size), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height)
     )
     if may_mirror and random.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -88,7 +94,7 @@ def reference_sample(
     return (
         [TOKENIZER.bos_id, *ids[:limit], *end],
         1 + min(num_prompt, limit - 1),
-        reference_augmented(pixels_3SS, may_mirror, random),
+        reference_augmented(pixels_3SS, training.smallest_crop, may_mirror, random),
     )
 
 
@@ -129,12 +135,13 @@ def test_draws_and_pictures_are_those_that_runs_were_trained_with(
     assert checksum.digest() == expected_checksum.digest()
 
 
-@pytest.mark.parametrize("size", [32, 33, 160])
-def test_pictures_of_any_size_are_varied_bit_for_bit(size: int) -> None:
+@pytest.mark.parametrize(("size", "smallest_crop"), [(32, 0.5), (33, 1.0), (160, 0.85)])
+def test_pictures_of_any_size_are_varied_bit_for_bit(size: int, smallest_crop: float) -> None:
     for seed in range(8):
         pixels = np.random.default_rng(seed).integers(0, 256, (3, size, size)).astype(np.uint8)
-        ours = _augmented(pixels, seed % 2 == 0, np.random.default_rng(seed))
-        theirs = reference_augmented(pixels, seed % 2 == 0, np.random.default_rng(seed))
+        choices = (pixels, smallest_crop, seed % 2 == 0)
+        ours = _augmented(*choices, np.random.default_rng(seed))
+        theirs = reference_augmented(*choices, np.random.default_rng(seed))
         assert np.array_equal(ours, theirs)
         assert ours.dtype == np.uint8 and ours.flags.writeable
 
@@ -159,7 +166,46 @@ def test_lengths_are_those_of_the_samples(
         samples.set_epoch(epoch)
         assert lengths.tolist() == [len(samples[i].input_ids) for i in range(len(samples))]
         found.append(lengths.tolist())
-    assert (found[0] == found[1]) == (changes.get("captions") == "all")
+    of_captions = [lengths[: -len(samples.tasks)] for lengths in found]
+    assert (of_captions[0] == of_captions[1]) == (changes.get("captions") == "all")
+
+
+def test_words_of_tasks_are_left_out_in_training_alone_and_never_all(
+    noisy_pictures: list[CaptionedImage], tmp_path: Path
+) -> None:
+    whole = make_set(noisy_pictures, tmp_path, training_mode=False)
+    samples = make_set(noisy_pictures, tmp_path, task_word_dropout=0.9)
+    first = len(samples) - len(samples.tasks)
+    lengths = set()
+    for epoch in range(20):
+        samples.set_epoch(epoch)
+        for offset in range(len(samples.tasks)):
+            task_id, *words = samples[first + offset].input_ids
+            of_whole = whole[len(whole) - len(whole.tasks) + offset].input_ids
+            assert task_id == of_whole[0] and words
+            left = iter(of_whole[1:])
+            assert all(word in left for word in words)  # in their order
+            lengths.add(len(words))
+    assert len(lengths) > 1
+
+
+def test_tasks_come_as_often_as_asked_and_in_validation_once(
+    noisy_pictures: list[CaptionedImage], tmp_path: Path
+) -> None:
+    once, often = (
+        make_set(noisy_pictures, tmp_path, task_word_dropout=0.0, robot_repeats=n) for n in (1, 3)
+    )
+    first, num_tasks = len(once) - len(once.tasks), len(once.tasks)
+    assert num_tasks > 1 and len(often) == first + 3 * num_tasks
+    of_once = [once[first + number] for number in range(num_tasks)]
+    for copy in range(3 * num_tasks):
+        expected, found = of_once[copy % num_tasks], often[first + copy]
+        assert (found.input_ids, found.robot_labels) == (expected.input_ids, expected.robot_labels)
+    assert often.lengths(0).tolist() == [len(often[i].input_ids) for i in range(len(often))]
+    checked = make_set(noisy_pictures, tmp_path, training_mode=False, robot_repeats=3)
+    assert len(checked) == len(make_set(noisy_pictures, tmp_path, training_mode=False))
+    with pytest.raises(ConfigError, match="robot_repeats must be at least 1, got 0"):
+        TrainingConfig(robot_repeats=0)
 
 
 def test_one_caption_an_epoch_or_all(pictures: list[CaptionedImage], tmp_path: Path) -> None:
@@ -284,3 +330,17 @@ def test_image_words_weigh_what_tells_pictures_apart(
     assert batch.word_weights[0].sum() == pytest.approx(1)
     assert not batch.word_weights[1].any()
     assert make_set(pictures, tmp_path, training_mode=False)[0].image_words == {}
+
+
+def test_image_words_are_those_that_captions_agree_on(
+    pictures: list[CaptionedImage], tmp_path: Path
+) -> None:
+    agreed = replace(pictures[0], captions=("a cup", "the red cup", "a cup on the left"))
+    alone = replace(pictures[1], captions=("a ball",))
+    words = make_set([agreed, alone], tmp_path)[0].image_words
+    # Three captions say "cup", two "the" and "a"; "a" stands in every picture's captions.
+    (the_id,) = TOKENIZER.encode("the")
+    expected = dict.fromkeys(TOKENIZER.encode("cup"), 2.0) | {the_id: 1.0}
+    total = sum(expected.values())
+    assert words == pytest.approx({token: n / total for token, n in expected.items()})
+    assert set(make_set([agreed, alone], tmp_path)[1].image_words) == set(TOKENIZER.encode("ball"))

@@ -16,12 +16,13 @@ TEXTS = ["A red ball lies under water.", "A man rides a horse.", "The red ball, 
 TOKENIZER = Tokenizer.train(TEXTS, 400)
 
 
-def without_mask_token(tokenizer: Tokenizer) -> Tokenizer:
-    """As tokenizers were written before there was one; the ids of words stay."""
+def without_later_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """As tokenizers were written before `<|mask|>` and `<|plan|>`; the ids of words stay."""
     content = json.loads(tokenizer.to_json())
-    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != "<|mask|>"]
+    later = ("<|mask|>", "<|plan|>")
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] not in later]
     vocabulary = content["model"]["vocab"]
-    content["model"]["vocab"] = {t: i for t, i in vocabulary.items() if t != "<|mask|>"}
+    content["model"]["vocab"] = {t: i for t, i in vocabulary.items() if t not in later}
     return Tokenizer.from_json(json.dumps(content))
 
 
@@ -66,10 +67,11 @@ def test_many_texts_and_a_tokenizer_that_pads(monkeypatch: pytest.MonkeyPatch) -
     assert TOKENIZER.encode_batch([]) == []
 
 
-def test_tokenizers_from_before_the_mask_token_read_as_they_did() -> None:
+def test_tokenizers_from_before_the_later_tokens_read_as_they_did() -> None:
     assert TOKENIZER.mask_id == 5 and TOKENIZER.mask_id in TOKENIZER.special_ids
-    old = without_mask_token(TOKENIZER)
-    assert old.mask_id is None
+    assert TOKENIZER.plan_id == 6 and TOKENIZER.plan_id in TOKENIZER.special_ids
+    old = without_later_tokens(TOKENIZER)
+    assert old.mask_id is None and old.plan_id is None
     assert old.special_ids == {0, 1, 2, 3, 4}
     # Split where the mask token is spelled, it would get a space that it never had.
     text = "a <|mask|>"
@@ -106,8 +108,25 @@ def test_bad_tokenizers_are_refused(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path / "none.json")
     with pytest.raises(InputError, match="not a Hugging Face tokenizer"):
         Tokenizer.from_json("{}")
-    with pytest.raises(InputError, match="at least 262"):
+    with pytest.raises(InputError, match="at least 263"):
         Tokenizer.train(TEXTS, 100)
     foreign = TOKENIZER.to_json().replace("<|robot|>", "<|other|>")
     with pytest.raises(InputError, match=r"lacks the special tokens <\|robot\|>"):
         Tokenizer.from_json(foreign)
+
+
+def test_tokens_spell_bytes() -> None:
+    spelled = TOKENIZER.token_bytes()
+    assert len(spelled) == TOKENIZER.vocab_size
+    assert all(spelled[i] is None for i in TOKENIZER.special_ids)
+    assert sorted(text for text in spelled if text and len(text) == 1) == [
+        bytes([byte]) for byte in range(256)
+    ]
+    text = "A red ball, häßlich 机器 \N{ROBOT FACE}"
+    assert b"".join(spelled[i] or b"" for i in TOKENIZER.encode(text)).decode() == f" {text}"
+
+
+def test_asking_for_a_plan() -> None:
+    assert TOKENIZER.encode_plan_task("A red ball.") == [6, *TOKENIZER.encode("A red ball.")]
+    with pytest.raises(InputError, match=r"lacks the special token <\|plan\|>"):
+        without_later_tokens(TOKENIZER).encode_plan_task("A red ball.")

@@ -77,14 +77,19 @@ def rows_of_tables(has_experts: bool) -> Iterator[tuple[str, str, str]]:
 
 
 def expected_tensors(
-    config: BitGenConfig, packing: str, embedding: str
+    config: BitGenConfig, packing: str, embedding: str, convolutions: str = "float32"
 ) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor by its name, as the tables say."""
-    convolutions = range(config.patch_size.bit_length() - 1)
+    widths_of_stem = [
+        min(256, 32 << halving)
+        for halving in range(config.patch_size.bit_length() - 1)
+        for _ in range(1 + (config.stem_residual_convolutions if halving else 0))
+    ]
+    numbers_of_stem = range(len(widths_of_stem))
     counts = {
         "l": range(config.num_layers), "e": range(config.num_experts),
         "t": range(config.predict_tokens - 1), "m": range(config.encoder_layers),
-        "c": convolutions,
+        "c": numbers_of_stem,
     }  # fmt: skip
     letters: dict[str, Any] = {
         "V": config.vocab_size, "C": config.hidden_size, "H": config.num_heads,
@@ -92,7 +97,7 @@ def expected_tensors(
         "E": config.num_experts, "R": len(config.robot_names), "W": config.encoder_hidden_size,
         "I": config.encoder_intermediate_size,
         "P": (config.image_size // config.patch_size) ** 2,
-        "w": {**{c: min(256, 32 << c) for c in convolutions}, -1: 3},
+        "w": {**dict(enumerate(widths_of_stem)), -1: 3},
     }  # fmt: skip
     found: dict[str, tuple[int, ...]] = {}
     for pattern, kind, formula in rows_of_tables(config.num_experts > 1):
@@ -101,17 +106,19 @@ def expected_tensors(
             places = dict(zip(used, numbers, strict=True))
             name, widths = pattern.format(**places), dict(letters)
             if not used:  # behind the stem, w[-1] is its last width
-                widths["w"] = {-1: letters["w"][convolutions[-1]]}
+                widths["w"] = {-1: letters["w"][numbers_of_stem[-1]]}
             shape = tuple(eval(f"[{formula}]", {**widths, **places}))
-            found.update(tensors_of(name, kind, shape, packing, embedding))
+            found.update(tensors_of(name, kind, shape, packing, embedding, convolutions))
     return found
 
 
 def tensors_of(
-    name: str, kind: str, shape: tuple[int, ...], packing: str, embedding: str
+    name: str, kind: str, shape: tuple[int, ...], packing: str, embedding: str, convolutions: str
 ) -> dict[str, tuple[int, ...]]:
     """What one row of a table stands for."""
-    if kind == "float":
+    if kind == "convolution" and convolutions == "int8":
+        return {f"{name}.int8_rows": shape, f"{name}.row_scales": shape[:1]}
+    if kind in ("float", "convolution"):
         return {name: shape}
     rows, columns = shape
     if kind == "embedding":
@@ -125,13 +132,15 @@ def tensors_of(
 
 
 @pytest.mark.parametrize(
-    ("changes", "packing", "embedding"),
+    ("changes", "packing", "embedding", "convolutions"),
     [
-        ({}, "2", "float32"),
-        ({"num_experts": 3, "experts_per_token": 2, "predict_tokens": 3}, "2", "int8"),
-        ({"encoder_hidden_size": 48, "encoder_layers": 2, "patch_size": 8}, "1.6", "int8"),
+        ({}, "2", "float32", "float32"),
+        ({"num_experts": 3, "experts_per_token": 2, "predict_tokens": 3}, "2", "int8", "float32"),
+        ({"encoder_hidden_size": 48, "encoder_layers": 2, "patch_size": 8}, "1.6", "int8", "int8"),
+        ({"stem_residual_convolutions": 2}, "2", "float32", "float32"),
+        ({"stem_residual_convolutions": 1}, "2", "float32", "int8"),
     ],
-    ids=["dense", "experts and future heads", "1.6 bits"],
+    ids=["dense", "experts and future heads", "1.6 bits", "residual stem", "int8 stem"],
 )
 def test_tables_name_every_tensor(
     make_run: Callable[..., Path],
@@ -139,12 +148,13 @@ def test_tables_name_every_tensor(
     changes: dict[str, int],
     packing: str,
     embedding: str,
+    convolutions: str,
 ) -> None:
     path = tmp_path / "model.safetensors"
-    export_safetensors(make_run(**changes), path, packing=packing, embedding=embedding)
+    export_safetensors(make_run(**changes), path, False, False, packing, embedding, convolutions)
     header = read_header(path)
     found = {name: stored.shape for name, stored in header.tensors.items()}
-    assert found == expected_tensors(header.config, packing, embedding)
+    assert found == expected_tensors(header.config, packing, embedding, convolutions)
 
 
 @pytest.mark.parametrize("size", MODEL_SIZES)

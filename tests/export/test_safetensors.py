@@ -24,6 +24,7 @@ from bitgen.export import artifact as artifact_module
 from bitgen.export.artifact import read_header
 from bitgen.export.loaded import load_run
 from bitgen.export.safetensors import export_safetensors, load_artifact
+from bitgen.inference.inspect import describe
 from bitgen.inference.predictor import BitGen
 from bitgen.kernels.packing import unpack_ternary
 from bitgen.kernels.quantize import quantize_weight
@@ -243,6 +244,65 @@ def test_an_int8_embedding_answers_in_all_ways(make_run: MakeRun, tmp_path: Path
     assert {choice.name for choice in ranked} == {robot.name for robot in model.catalog}
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"stem_residual_convolutions": 1}, {"patch_size": 8}], ids=str
+)
+def test_int8_convolutions_are_rounded_and_nothing_else(
+    make_run: MakeRun, tmp_path: Path, changes: dict[str, int]
+) -> None:
+    run_dir, output = make_run(**changes), tmp_path / "model.safetensors"
+    plain = export_safetensors(run_dir, tmp_path / "plain.safetensors")
+    report = export_safetensors(run_dir, output, convolutions="int8")
+    header = read_header(output)
+    assert (plain.convolutions, report.convolutions) == ("float32", "int8")
+    assert (read_header(tmp_path / "plain.safetensors").version, header.version) == (2, 3)
+    assert report.bytes == output.stat().st_size < plain.bytes
+    expected, found = load_run(run_dir).model.state_dict(), load_artifact(output).model.state_dict()
+    names = {name for name in expected if ".convolutions." in name}
+    assert set(header.int8_convolutions) == names
+    assert report.int8_weights == report.int8_bytes == sum(expected[n].numel() for n in names)
+    for name, weight in expected.items():
+        if name not in names:
+            assert torch.equal(found[name], weight)
+            continue
+        step_O = weight.abs().amax(dim=(1, 2, 3), keepdim=True) / 127
+        assert ((found[name] - weight).abs() <= step_O * 0.5001).all()
+        assert not torch.equal(found[name], weight)
+        stored = load_file(output)[f"{name}.int8_rows"]
+        assert torch.equal(found[name], stored.float() * step_O)
+    described, of_plain = describe(output), describe(run_dir)
+    assert (described.convolutions, of_plain.convolutions) == ("int8", "float32")
+    assert described.int8_parameters == described.dtypes["int8"] == report.int8_weights
+    assert described.parameters == of_plain.parameters
+    assert described.bytes_packed == report.bytes - report.metadata_bytes
+
+
+@pytest.mark.parametrize(
+    ("suffix", "tensor", "message"),
+    [
+        (".int8_rows", torch.zeros(32, 3, 3, 3), r"expected int8 \[O, I, H, W\]"),
+        (".int8_rows", torch.zeros(32, 27, dtype=torch.int8), r"expected int8 \[O, I, H, W\]"),
+        (".row_scales", torch.zeros(31), r"expected float32 \[32\]"),
+        (".row_scales", None, "does not fit"),
+        ("", torch.zeros(32, 3, 3, 3), "does not fit"),
+    ],
+)
+def test_int8_convolutions_that_do_not_fit(
+    make_run: MakeRun, tmp_path: Path, suffix: str, tensor: torch.Tensor | None, message: str
+) -> None:
+    path = tmp_path / "model.safetensors"
+    export_safetensors(make_run(), path, convolutions="int8")
+    tensors, metadata = load_file(path), metadata_of(path)
+    name = f"image_encoder.stem.convolutions.0.weight{suffix}"
+    if tensor is None:
+        del tensors[name]
+    else:
+        tensors[name] = tensor
+    save_file(tensors, path, metadata)
+    with pytest.raises(ModelFileError, match=message):
+        load_artifact(path)
+
+
 def test_ways_to_pack_that_there_are_not(make_run: MakeRun, tmp_path: Path) -> None:
     output = tmp_path / "model.safetensors"
     with pytest.raises(InputError, match="no packing '3'") as caught:
@@ -250,6 +310,8 @@ def test_ways_to_pack_that_there_are_not(make_run: MakeRun, tmp_path: Path) -> N
     assert "2, 1.6" in str(caught.value.remedy)
     with pytest.raises(InputError, match="no embedding 'int4'"):
         export_safetensors(tmp_path / "run", output, embedding="int4")
+    with pytest.raises(InputError, match="no convolutions 'int4'"):
+        export_safetensors(tmp_path / "run", output, convolutions="int4")
     full = make_run("full", quantization="none")
     with pytest.raises(InputError, match="nothing to pack at 1.6 bits"):
         export_safetensors(full, output, packing="1.6")
@@ -395,9 +457,9 @@ def test_safetensors_of_something_else(tmp_path: Path, make_run: MakeRun) -> Non
 
 
 def test_newer_and_senseless_versions(artifact: Path) -> None:
-    rewrite(artifact, format_version="3")
+    rewrite(artifact, format_version="4")
     with pytest.raises(
-        ModelFileError, match="format version 3; this BitGen reads up to 2"
+        ModelFileError, match="format version 4; this BitGen reads up to 3"
     ) as caught:
         load_artifact(artifact)
     assert "Upgrade" in str(caught.value.remedy)

@@ -94,11 +94,11 @@ def test_captions_are_the_same(
 
 
 @needs_library
-@pytest.mark.parametrize("embedding", ["float32", "int8"])
+@pytest.mark.parametrize("in_file", ["float32", "int8"])
 def test_beams_and_prompts_are_the_same(
-    make_run: MakeRun, pictures: list[Path], embedding: str
+    make_run: MakeRun, pictures: list[Path], in_file: str
 ) -> None:
-    native, reference = both(make_run(), embedding=embedding)
+    native, reference = both(make_run(), embedding=in_file, convolutions=in_file)
     prompts = [["", "a", "a blue box on", "dog dog dog dog"][index % 4] for index in range(9)]
     for options in (
         {"prompt": prompts},
@@ -149,6 +149,30 @@ def test_robots_are_ranked_the_same_with_and_without_pictures(
         assert {c.name: c.probability for c in answer.robots} == pytest.approx(
             {c.name: c.probability for c in choices}, abs=CLOSE
         )
+
+
+@needs_library
+def test_a_picture_of_which_more_is_asked_is_encoded_once(
+    make_run: MakeRun, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native, _ = both(make_run())
+    first, second = (np.asarray(Image.open(path)) for path in pictures[:2])
+    engine = native._native._engine
+    encoded = []
+    encode = engine.encode_images
+    monkeypatch.setattr(engine, "encode_images", lambda p: encoded.append(len(p)) or encode(p))
+    open_picture = Image.fromarray(first)
+    alone = native.caption(open_picture, max_tokens=4)
+    ranked = native.select_robots(TASKS[1], open_picture)
+    begun = native.caption(open_picture, "a red", max_tokens=4)
+    assert encoded == [1]
+    other = native.caption(Image.fromarray(second), max_tokens=4)
+    assert native.caption([open_picture, open_picture], max_tokens=4) == alone * 2
+    assert native.caption(open_picture, max_tokens=4) == alone
+    assert encoded == [1, 1, 2, 1]
+    assert native.select_robots(TASKS[1], open_picture) == ranked
+    assert begun[0].text.startswith("a red")
+    assert other != alone
 
 
 @needs_library

@@ -51,6 +51,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "odd widths": ODD_WIDTHS,
     "2 of 4 experts": {"num_experts": 4, "experts_per_token": 2},
     "1 of 3 experts": {"num_experts": 3},
+    "residual stem": {"stem_residual_convolutions": 2},
     "wide": {
         "hidden_size": 256, "num_heads": 4, "num_kv_heads": 4, "head_dim": 64, "vocab_size": 700,
         "intermediate_size": 512, "patch_size": 8, "encoder_layers": 2, "max_positions": 200,

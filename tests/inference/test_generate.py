@@ -403,7 +403,7 @@ def test_a_beam_of_one_is_greedy() -> None:
             model = toy_model(seed, quantization="none")
             images = toy_images(len(PROMPTS), seed)
             never_V = generation._never_mask(model, NEVER, USED_VOCABULARY)
-            read, cache = generation._read_prompts(model, images, PROMPTS, 8, attention_window=0)
+            read, cache = generation.read_prompts(model, images, PROMPTS, 8, attention_window=0)
             logits_BV = read.logits[:, -1].float()
             beams = generation._beam_search(
                 generation.EagerDecoder(model, cache), logits_BV, never_V, EOS, 8, 1, 1.0

@@ -22,13 +22,13 @@ from bitgen.export.safetensors import export_safetensors
 from bitgen.inference.heatmap import (
     TILE_SIDE,
     AttentionMaps,
+    FolderPlan,
     PatchGrid,
     attention_maps,
     draw_maps,
     group_words,
     overlay,
     patch_grid,
-    plan_folders,
     safe_name,
 )
 from bitgen.inference.predictor import BitGen, Caption
@@ -420,7 +420,8 @@ def test_names_are_one_safe_part_of_a_path(text: str) -> None:
 
 def test_photographs_of_one_stem_have_folders_of_their_own(tmp_path: Path) -> None:
     names = ["a/cat.jpg", "b/cat.png", "b/Cat.png", "cat_2.jpg", "a/cat.jpg", "...jpg", "x\n.png"]
-    folders = plan_folders(tmp_path / "new" / "maps", [Path(name) for name in names])
+    plan = FolderPlan(tmp_path / "new" / "maps")
+    folders = [plan.folder(Path(name)) for name in names]
     assert [folder.name for folder in folders] == [
         "cat", "cat_2", "Cat_3", "cat_2_2", "cat_4", "photo", "x_",
     ]  # fmt: skip
@@ -433,9 +434,9 @@ def test_places_that_cannot_be_written_to(tmp_path: Path) -> None:
     file.write_text("mine")
     for directory in (file, file / "below", tmp_path / ("x" * 300)):
         with pytest.raises(InputError, match="cannot be written"):
-            plan_folders(directory, [Path("cat.jpg")])
+            FolderPlan(directory)
     with pytest.raises(InputError, match="it is a file"):
-        plan_folders(tmp_path, [Path("file.jpg")])
+        FolderPlan(tmp_path).folder(Path("file.jpg"))
     with pytest.raises(InputError, match="heat map cannot be written"):
         draw_maps(maps_of(np.full((1, 1, 2, 2), 0.1)), file)
     assert file.read_text() == "mine"

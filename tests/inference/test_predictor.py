@@ -344,6 +344,24 @@ def test_other_catalogs_for_one_call_and_for_good(make_run: MakeRun, tmp_path: P
     assert alone.probability == pytest.approx(beside["Mole"], abs=0.01)
 
 
+def test_the_threshold_that_validation_found_goes_with_run_and_artifact(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run_dir, artifact = make_run(), tmp_path / "model.safetensors"
+    export_safetensors(run_dir, artifact)
+    for source in (run_dir, artifact):
+        model = BitGen.load(source, device="cpu")
+        assert model.robot_threshold == 0.35
+        for threshold in (0.0, 0.5, 1.0):
+            model.robot_threshold = threshold
+            choices = model.select_robots("bring the ball")
+            above = [choice.probability >= threshold for choice in choices]
+            expected = above if any(above) else [True, *[False] * (len(choices) - 1)]
+            assert [choice.chosen for choice in choices] == expected
+    with pytest.raises(InputError, match="0 to 1"):
+        model.robot_threshold = -0.1
+
+
 def test_robot_questions_that_are_refused(make_run: MakeRun) -> None:
     bitgen = BitGen.load(make_run())
     with pytest.raises(InputError, match="task is empty"):

@@ -49,7 +49,10 @@ class Oracle:
         self, tasks: Sequence[str], images: Sequence[Path | None]
     ) -> list[list[RobotChoice]]:
         return [
-            [RobotChoice("none" if image is None else image.stem, 0.5), RobotChoice("Drone", 0.49)]
+            [
+                RobotChoice("none" if image is None else image.stem, 0.5, chosen=True),
+                RobotChoice("Drone", 0.49),
+            ]
             for image in images
         ]
 

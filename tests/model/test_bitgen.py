@@ -11,6 +11,7 @@ from torch.nn import functional
 from bitgen.config import BitGenConfig
 from bitgen.errors import ModelFileError
 from bitgen.model.bitgen import BitGenModel
+from bitgen.model.robot_selector import RobotSelector
 from bitgen.model.ternary import pack_ternary_layers
 
 from .small_model import DENSE_AND_EXPERTS, small_config
@@ -38,6 +39,54 @@ def test_output_holds_what_was_asked_for_and_nothing_else() -> None:
     assert [a.shape for a in output.attentions] == [(3, 4, positions, positions)] * 2
     text_only = model(ids, return_analysis_data=True)
     assert text_only.attentions[0].shape == (3, 4, 7, 7)
+
+
+def test_the_residual_stem_is_what_its_definition_says() -> None:
+    model = make_model(stem_residual_convolutions=2, patch_size=8)
+    stem = model.image_encoder.stem
+    strides = [convolution.stride[0] for convolution in stem.convolutions]
+    assert strides == [2, 2, 1, 1, 2, 1, 1]  # none behind the first halving
+    _, images = random_input()
+    x = images.double()
+    for convolution, norm in zip(stem.convolutions, stem.norms, strict=True):
+        stride = convolution.stride[0]
+        y = functional.conv2d(x, convolution.weight.double(), stride=stride, padding=1)
+        mean, variance = norm.running_mean.double(), norm.running_var.double()
+        y = (y - mean[:, None, None]) / (variance[:, None, None] + 1e-3).sqrt()
+        y = (y * norm.weight.double()[:, None, None] + norm.bias.double()[:, None, None]).relu()
+        x = y if stride == 2 else x + y
+    torch.testing.assert_close(stem(images).double(), x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_pictures", [2, 4, 64])
+def test_pictures_are_normalised_in_groups_in_training(num_pictures: int) -> None:
+    model = make_model().train()
+    model.set_norm_batch(num_pictures)
+    norm = model.image_encoder.stem.norms[0]
+    x = torch.randn(5, norm.weight.numel(), 3, 3, generator=torch.Generator().manual_seed(1))
+    found = norm(x)
+    for first in range(0, 5, num_pictures):
+        rows = x[first : first + num_pictures].double()
+        variance, mean = torch.var_mean(rows, dim=(0, 2, 3), correction=0, keepdim=True)
+        expected = (rows - mean) / (variance + 1e-3).sqrt()
+        torch.testing.assert_close(
+            found[first : first + num_pictures].double(), expected, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_words_are_foretold_from_pictures_of_other_sizes() -> None:
+    model = make_model(image_size=64)  # a grid of 4 x 4
+    _, images = random_input()
+    assert model.image_words(images).shape == (3, 50)
+    encoder = model.image_encoder
+    grid = encoder.position_embedding.detach().reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
+    coarse = functional.interpolate(grid, (2, 2), mode="bilinear", antialias=True)
+    torch.testing.assert_close(
+        encoder._positions(2, 2), coarse.permute(0, 2, 3, 1).reshape(1, 4, -1)
+    )
+    assert encoder._positions(4, 4) is encoder.position_embedding
+    with pytest.raises(ValueError, match=r"Expected images \[B, 3, 64, 64\]"):
+        model.encode_images(images)
 
 
 @DENSE_AND_EXPERTS
@@ -391,3 +440,20 @@ def test_a_packed_model_has_no_text_tower() -> None:
     pack_ternary_layers(model)
     with pytest.raises(ValueError, match="packed=False"):
         model.text_tower_state_dict()
+
+
+def test_a_selector_starts_from_the_shares_of_the_tasks_and_alike_for_both_texts() -> None:
+    torch.manual_seed(0)
+    names = ("Drone", "Diver", "Crane", "Cat")
+    selector = RobotSelector(BitGenConfig.preset("nano", robot_names=names))
+    assert torch.equal(selector.task_proj.weight, selector.robot_proj.weight)
+    common_1C = 2 * torch.randn(1, 256)
+    robots_RC, tasks_BC = (common_1C + torch.randn(count, 256) for count in (4, 200))
+    shares = (0.5, 0.1, 0.0, 0.8)
+    selector.start_from_shares(shares, robots_RC)
+    logits_BR = selector(tasks_BC, robots_RC, names)
+    expected = torch.logit(torch.tensor([0.5, 0.1, 0.02, 0.8]))
+    torch.testing.assert_close(logits_BR.mean(dim=0), expected, atol=1.0, rtol=0.0)
+    # A robot that was never trained on has its own share from nobody, and is scored by its text.
+    unseen_BR = selector(robots_RC[:1], robots_RC[:2], ("Boat", "Ship"))
+    assert unseen_BR[0, 0] > unseen_BR[0, 1] + 0.5

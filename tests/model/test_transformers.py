@@ -7,6 +7,7 @@ are at most half of the tolerances stated here, where nothing else is said.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -141,6 +142,9 @@ def cached_logits(
     """Ours and theirs: a prompt of nine columns in one step, and then one by one."""
     batch, length = ids.shape
     their_cache, our_cache = transformers.DynamicCache(), ours.new_cache(batch, length)
+    # `past_key_values` before transformers 5.24.
+    is_new = "cache" in inspect.signature(type(theirs).forward).parameters
+    cache_name = "cache" if is_new else "past_key_values"
     our_steps, their_steps, start = [], [], 0
     with torch.no_grad():
         for end in range(9, length + 1):
@@ -149,8 +153,8 @@ def cached_logits(
                 ids[:, new],
                 attention_mask=valid[:, :end],
                 position_ids=positions(valid)[:, new],
-                past_key_values=their_cache,
                 use_cache=True,
+                **{cache_name: their_cache},
             )
             their_steps.append(output.logits)
             output = ours(ids[:, new], attention_mask=valid[:, new], attention_cache=our_cache)

@@ -36,7 +36,15 @@ def test_figures_of_a_run(tmp_path: Path) -> None:
     assert figures.padding_share == pytest.approx(0.25)
     assert (figures.skipped_steps, figures.last_skipped_step) == (2, 3)
     assert figures.last_skipped == "gradient norm exploded"
-    best = {"step": 3, "loss": 2.0, "robot_loss": 0.5, "robot_exact_match": None}
+    best = {
+        "step": 3,
+        "loss": 2.0,
+        "plan_loss": None,
+        "robot_loss": 0.5,
+        "robot_exact_match": None,
+        "robot_threshold": None,
+        "cider": None,
+    }
     assert figures.best_validation == best
     assert (figures.ternary_step, figures.flips, figures.flip_share) == (4, 7, 0.1)
     assert figures.ternary_shares == (0.25, 0.5, 0.25)

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from bitgen.dataset.robots import RobotTask
+from bitgen.dataset.robots import chosen_robots
 from bitgen.model.experts import MixtureOfExperts, Routing
 from bitgen.training.losses import (
+    ROBOT_THRESHOLDS,
+    best_robot_threshold,
     caption_loss,
     count_caption_targets,
     count_exact_matches,
@@ -23,7 +25,6 @@ from bitgen.training.losses import (
     load_balancing_loss,
     masked_token_loss,
     robot_loss,
-    robot_positive_weight,
     router_z_loss,
 )
 
@@ -154,15 +155,15 @@ def test_half_precision_logits_are_summed_in_float32() -> None:
     assert torch.equal(total, expected)
 
 
-def test_robot_loss_skips_entries_without_label_and_weighs_positives() -> None:
+def test_robot_loss_skips_entries_without_label() -> None:
     logits_BR = torch.tensor([[1.0, -2.0], [0.5, 0.0], [7.0, 7.0]])
     labels_BR = torch.tensor([[1.0, 0.0], [NAN, 1.0], [NAN, NAN]])
-    total, count = robot_loss(logits_BR, labels_BR, torch.tensor([2.0, 3.0]))
+    total, count = robot_loss(logits_BR, labels_BR)
     sigmoid = torch.sigmoid
     expected = (
-        -2 * sigmoid(torch.tensor(1.0)).log()
+        -sigmoid(torch.tensor(1.0)).log()
         - (1 - sigmoid(torch.tensor(-2.0))).log()
-        - 3 * sigmoid(torch.tensor(0.0)).log()
+        - sigmoid(torch.tensor(0.0)).log()
     )
     assert count.item() == count_robot_labels(labels_BR) == 3
     torch.testing.assert_close(total, expected)
@@ -170,7 +171,7 @@ def test_robot_loss_skips_entries_without_label_and_weighs_positives() -> None:
 
 def test_robot_loss_of_no_label_is_zero_and_has_a_gradient() -> None:
     logits = torch.ones(2, 3, requires_grad=True)
-    total, count = robot_loss(logits, torch.full((2, 3), NAN), torch.ones(3))
+    total, count = robot_loss(logits, torch.full((2, 3), NAN))
     total.backward()
     assert (total.item(), count.item()) == (0.0, 0)
     assert logits.grad is not None and not logits.grad.any()
@@ -180,18 +181,35 @@ def test_exact_match_needs_every_labelled_robot_of_a_row() -> None:
     logits_BR = torch.tensor([[3.0, -1.0], [3.0, 1.0], [-1.0, 2.0], [5.0, 5.0]])
     labels_BR = torch.tensor([[1.0, 0.0], [1.0, 0.0], [NAN, 1.0], [NAN, NAN]])
     matches, rows = count_exact_matches(logits_BR, labels_BR)
-    assert (matches.item(), rows.item()) == (2, 3)
+    assert matches.shape == (len(ROBOT_THRESHOLDS),)
+    assert (matches[ROBOT_THRESHOLDS.index(0.5)].item(), rows.item()) == (2, 3)
 
 
-def test_positive_weight_is_negatives_over_positives_within_the_cap() -> None:
-    tasks = [RobotTask("a", ("Drone",)), *[RobotTask(str(i), ("Diver",)) for i in range(3)]]
-    weights = robot_positive_weight(tasks, ["Drone", "Diver", "Humanoid"])
-    torch.testing.assert_close(weights, torch.tensor([3.0, 1 / 3, 1.0]))
-    many = [RobotTask("a", ("Drone",)), *[RobotTask(str(i), ("Diver",)) for i in range(99)]]
-    torch.testing.assert_close(
-        robot_positive_weight(many, ["Drone", "Diver"], cap=5.0), torch.tensor([5.0, 0.2])
-    )
-    assert robot_positive_weight([], []).shape == (0,)
+def test_exact_match_at_each_threshold_is_that_of_the_robots_that_are_chosen() -> None:
+    torch.manual_seed(0)
+    logits_BR, labels_BR = torch.randn(40, 4), (torch.rand(40, 4) < 0.4).float()
+    matches, _ = count_exact_matches(logits_BR, labels_BR)
+    for threshold, found in zip(ROBOT_THRESHOLDS, matches.tolist(), strict=True):
+        expected = sum(
+            chosen_robots(probabilities, threshold) == suits
+            for probabilities, suits in zip(
+                logits_BR.sigmoid().tolist(), labels_BR.bool().tolist(), strict=True
+            )
+        )
+        assert found == expected
+
+
+def test_another_threshold_than_one_half_needs_neighbours_and_evidence() -> None:
+    count = len(ROBOT_THRESHOLDS)
+    assert best_robot_threshold([3.0] * count, 9) == (0.5, 3.0)
+    lonely_and_plateau = [0.0] * count
+    lonely_and_plateau[0] = 40.0  # its neighbour beyond the edge counts as itself
+    lonely_and_plateau[13:16] = [30.0, 30.0, 30.0]
+    assert best_robot_threshold(lonely_and_plateau, 100) == (ROBOT_THRESHOLDS[14], 30.0)
+    little_better = [30.0] * 12 + [33.0] * 7  # the standard error is 4.6 of 100, 14.5 of 1,000
+    assert best_robot_threshold(little_better, 100) == (0.5, 30.0)
+    much_better = [300.0] * 12 + [330.0] * 7
+    assert best_robot_threshold(much_better, 1000) == (0.7, 330.0)
 
 
 def test_image_word_loss_is_the_cross_entropy_with_the_words_of_rows_that_have_any() -> None:

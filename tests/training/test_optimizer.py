@@ -14,6 +14,7 @@ from bitgen.training.optimizer import (
     load_optimizer_tensors,
     make_optimizer,
     optimizer_tensors,
+    set_rates,
 )
 
 
@@ -121,3 +122,59 @@ def test_state_of_another_model_is_refused() -> None:
         load_optimizer_tensors(
             optimizer, model, {"optimizer.linear.weight:exp_avg": torch.zeros(3, 3)}
         )
+
+
+# A learning rate of the image encoder's own ------------------------------------------------------
+
+
+def rates_by_part(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, set[float]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates: dict[str, set[float]] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            part = names[id(parameter)].partition(".")[0]
+            rates.setdefault(part, set()).add(group["lr"])
+    return rates
+
+
+def test_the_image_encoder_has_its_own_rate_through_the_whole_schedule(
+    make_config: Callable[..., BitGenConfig],
+) -> None:
+    model = BitGenModel(make_config())
+    optimizer = make_optimizer(model, 1e-2, 0.1, encoder_learning_rate=1e-4)
+    for rate in (1e-2, 4e-3, 0.0):
+        set_rates(optimizer, rate, 0.05)
+        found = rates_by_part(optimizer, model)
+        (of_encoder,) = found.pop("image_encoder")
+        assert of_encoder == pytest.approx(rate / 100)
+        assert set().union(*found.values()) == {rate}
+    decays = decayed_parameters(model)
+    for group in optimizer.param_groups:
+        expected = {
+            id(parameter) in {id(p) for p in decays.values()} for parameter in group["params"]
+        }
+        assert expected == {group["weight_decay"] == 0.05}
+    numbered = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert len(set(numbered)) == len(numbered) == len(list(model.parameters()))
+
+
+def test_without_its_own_rate_the_groups_are_those_of_all(
+    make_config: Callable[..., BitGenConfig],
+) -> None:
+    model = BitGenModel(make_config())
+    for own in (None, 1e-2):
+        groups = make_optimizer(model, 1e-2, 0.1, own).param_groups
+        assert [group["decays"] for group in groups] == [True, False]
+
+
+def test_state_goes_over_to_a_rate_of_its_own(make_config: Callable[..., BitGenConfig]) -> None:
+    model = BitGenModel(make_config())
+    alike = make_optimizer(model, 1e-2, 0.1)
+    take_a_step(model, alike)
+    tensors = optimizer_tensors(alike, model)
+    apart = make_optimizer(model, 1e-2, 0.1, encoder_learning_rate=1e-3)
+    load_optimizer_tensors(apart, model, tensors)
+    again = optimizer_tensors(apart, model)
+    assert tensors.keys() == again.keys()
+    assert all(torch.equal(tensors[name], again[name]) for name in tensors)
+    assert set().union(*rates_by_part(apart, model).values()) == {1e-2, 1e-3}

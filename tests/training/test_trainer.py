@@ -34,6 +34,7 @@ from bitgen.training import checkpoint, objective, trainer
 from bitgen.training.checkpoint import load_checkpoint, open_run
 from bitgen.training.data_order import epoch_order
 from bitgen.training.loader import BatchLoader
+from bitgen.training.objective import Objective
 from bitgen.training.trainer import Trainer
 
 MakeTraining = Callable[..., TrainingConfig]
@@ -108,6 +109,7 @@ def test_it_learns_captions_and_robots_and_writes_the_whole_run(
     assert needed <= train_lines[0].keys()
     last = metrics(tmp_path / "run", "validation")[-1]
     assert last["robot_exact_match"] == 1.0 and last["loss"] == summary.validation.loss
+    assert last["robot_threshold"] == summary.validation.robot_threshold
 
 
 def test_ternary_weights_train_under_bfloat16_and_are_saved_in_float32(
@@ -958,7 +960,11 @@ def test_word_pretraining_moves_the_image_side_alone_and_then_captions_begin(
     moved = {
         name.split(".")[0] for name in before if not torch.equal(before[name], after_words[name])
     }
-    assert moved == {"image_encoder", "projector", "text_decoder"}
+    # The selector's biases were set to the tasks' shares before the first update.
+    assert moved == {"image_encoder", "projector", "text_decoder", "robot_selector"}
+    assert torch.equal(
+        before["robot_selector.task_proj.weight"], after_words["robot_selector.task_proj.weight"]
+    )
     layers = [name for name in before if name.startswith("text_decoder.layers")]
     assert layers and all(torch.equal(before[name], after_words[name]) for name in layers)
     steps = events.of("step")
@@ -971,6 +977,46 @@ def test_word_pretraining_moves_the_image_side_alone_and_then_captions_begin(
 def test_word_pretraining_needs_the_image_word_loss() -> None:
     with pytest.raises(ConfigError, match="image_word_weight"):
         TrainingConfig(word_pretraining_steps=5, image_word_weight=0.0)
+
+
+@pytest.mark.parametrize("size", [0, 16])
+def test_pictures_of_word_pretraining_are_blended_as_their_words_are(
+    workshop: Any, make_training: MakeTraining, make_config: MakeConfig, size: int
+) -> None:
+    config = make_config(patch_size=8, quantization="none")
+    training = make_training(word_mixup=0.4, word_pretraining_image_size=size, batch_size=8)
+    torch.manual_seed(0)
+    model = BitGenModel(config).train()
+    losses = Objective(model, training, torch.device("cpu"), torch.float32)
+    samples = workshop.dataset(training, True, tasks=[], config=config)
+    batch = samples.collate([samples[index] for index in range(8)])
+    torch.manual_seed(1)
+    found = losses(batch, words_only=True).sums["image_word"]
+    torch.manual_seed(1)
+    share = torch.distributions.Beta(torch.tensor(0.4), torch.tensor(0.4)).sample()
+    images = normalize_images(batch.images, config.image_mean, config.image_std)
+    if size:
+        images = torch.nn.functional.interpolate(
+            images, (size, size), mode="bilinear", antialias=True
+        )
+    before = torch.cat([images[-1:], images[:-1]])
+    words = model.image_words(share * images + (1 - share) * before).log_softmax(dim=-1)
+    targets = torch.zeros_like(words).scatter_add(1, batch.word_ids, batch.word_weights)
+    blended = share * targets + (1 - share) * torch.cat([targets[-1:], targets[:-1]])
+    torch.testing.assert_close(found, -(blended * words).sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_pictures_of_word_pretraining_fit_the_encoder(
+    make_training: MakeTraining, make_config: MakeConfig
+) -> None:
+    model = BitGenModel(make_config(patch_size=8))
+    options = (torch.device("cpu"), torch.float32)
+    with pytest.raises(ConfigError, match="not a multiple of the patch size 8") as raised:
+        Objective(model, make_training(word_pretraining_image_size=21), *options)
+    assert raised.value.remedy == "Take 24."
+    other = BitGenModel(make_config(image_encoder="mobilenet_v3_small", image_size=64))
+    with pytest.raises(ConfigError, match="is for the encoder vit"):
+        Objective(other, make_training(word_pretraining_image_size=32), *options)
 
 
 @pytest.mark.slow

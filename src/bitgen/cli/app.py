@@ -12,9 +12,11 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from bitgen import __version__
+from bitgen.cli.chat import chat
 from bitgen.cli.command import Debug, Quiet, add_command
 from bitgen.cli.data import check, download, scenes
 from bitgen.cli.demo import demo
+from bitgen.cli.evaluate import evaluate
 from bitgen.cli.export import export
 from bitgen.cli.failures import EXIT_BAD_INPUT
 from bitgen.cli.group import QuickHelpGroup
@@ -81,6 +83,8 @@ app = _make_app(_start)
 _data = _make_app(_start_data)
 add_command(app, "train", train, TRAIN_OPTIONS)
 add_command(app, "infer", infer)
+add_command(app, "evaluate", evaluate)
+add_command(app, "chat", chat)
 add_command(app, "export", export)
 add_command(app, "info", info)
 add_command(app, "demo", demo)

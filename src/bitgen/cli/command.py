@@ -28,6 +28,7 @@ _KINDS: dict[str, Any] = {
     "float": float,
     "str": str,
     "int | None": int | None,
+    "float | None": float | None,
 }
 
 

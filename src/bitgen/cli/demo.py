@@ -89,6 +89,8 @@ def demo(
         schedule="cosine",
         weight_decay=WEIGHT_DECAY,
         augment=False,  # there are enough scenes for so few epochs
+        task_word_dropout=0.0,  # and tasks, each word of which counts
+        robot_phrase_dropout=0.0,
         prompt_probability=0.0,
         word_pretraining_steps=min(WORD_PRETRAINING_STEPS, max_steps - 1),
         eval_every=max_steps,
@@ -118,7 +120,7 @@ def demo(
 
     def prepare(observer: SetupObserver, callback: TrainerCallback) -> Trainer:
         return prepare_training(
-            DataSources([scenes_dir], robot_data=scenes_dir / "robots_train.json"),
+            DataSources([scenes_dir], robot_data=[scenes_dir / "robots_train.json"]),
             output_dir,
             model_size=MODEL_SIZE,
             training=training,
@@ -228,7 +230,6 @@ def _draw(
     sheet: Path,
 ) -> None:
     """The picture sheet: scenes spread over the held-out ones, their captions, a task's robots."""
-    from bitgen.inference.scene_evaluation import CHOSEN_FROM
     from bitgen.inference.sheet import SheetItem, draw_sheet
 
     task_of = {task.image.resolve(): task for task in reversed(tasks) if task.image is not None}
@@ -239,7 +240,7 @@ def _draw(
         task = task_of.get(pictures[index].resolve())
         if task is not None:
             ranked = model.select_robots(task.task, pictures[index])
-            chosen = [r for r in ranked if r.probability >= CHOSEN_FROM] or ranked[:1]
+            chosen = [robot for robot in ranked if robot.chosen]
             lines += [
                 f"Task: {task.task}",
                 ", ".join(f"{robot.name} {robot.probability:.0%}" for robot in chosen),

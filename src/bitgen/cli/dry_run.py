@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from bitgen.console import console, duration, file_size
-from bitgen.training.estimate import MemoryEstimate, TrainingEstimate
+from bitgen.training.estimate import FeatureEstimate, MemoryEstimate, TrainingEstimate
 
 _PARTS_OF_MEMORY = {
     "process": "interpreter, libraries, captions",
@@ -41,6 +41,13 @@ def show_estimate(estimate: TrainingEstimate, json: bool) -> None:
             " smaller --batch_size (and a larger --grad_accumulation), --model_size or"
             " --image_size."
         )
+    features = estimate.features
+    if features is not None and features.bytes > features.free_bytes:
+        console.warning(
+            f"The features of the frozen image encoder take {file_size(features.bytes)}, and"
+            f" {file_size(features.free_bytes)} is free: give a --cache_dir on another disk, or"
+            " --cached_views 0."
+        )
 
 
 def _show_sizes(estimate: TrainingEstimate) -> None:
@@ -72,6 +79,18 @@ def _show_memory(memory: MemoryEstimate) -> None:
     console.table((f"memory in training ({memory.device})", "size"), rows)
 
 
+def _feature_rows(features: FeatureEstimate) -> list[tuple[str, str]]:
+    time = "not measured" if features.seconds is None else duration(features.seconds)
+    return [
+        (
+            "features on disk",
+            f"{file_size(features.bytes)}, of {features.rows:,} pictures;"
+            f" {file_size(features.free_bytes)} free",
+        ),
+        ("computing them, once", time),
+    ]
+
+
 def _show_time(estimate: TrainingEstimate) -> None:
     batch, free = estimate.batch, estimate.free_bytes
     rows = [
@@ -99,5 +118,7 @@ def _show_time(estimate: TrainingEstimate) -> None:
             ("an epoch", duration(epoch)),
             ("the training", duration(total)),
         ]
+    if estimate.features is not None:
+        rows += _feature_rows(estimate.features)
     console.table(("", ""), rows)
     console.result("Nothing was written.")

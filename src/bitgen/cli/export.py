@@ -39,6 +39,15 @@ def export(
             " may then differ a little from the run's.",
         ),
     ] = "float32",
+    convolutions: Annotated[
+        str,
+        typer.Option(
+            "--convolutions",
+            metavar="float32|int8",
+            help="The image encoder's convolutions in the file. int8 is a quarter of the bytes,"
+            " unpacked at each start; captions may then differ a little from the run's.",
+        ),
+    ] = "float32",
     drop_future_heads: Annotated[
         bool,
         typer.Option(
@@ -69,6 +78,7 @@ def export(
         drop_future_heads=drop_future_heads,
         packing=pack,
         embedding=embedding,
+        convolutions=convolutions,
     )
     if json:
         console.json({"model": str(source), "output": str(output), **dataclasses.asdict(report)})

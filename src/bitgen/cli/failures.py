@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 from dataclasses import dataclass
 
 from bitgen.errors import BitGenError
+from bitgen.files import DISK_FULL
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 # Not every system knows quotas.
-_FULL_DISK = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ def describe_failure(error: BaseException) -> Failure:
         return Failure(error.message, error.remedy, error.exit_code)
     if isinstance(error, KeyboardInterrupt):
         return Failure("Interrupted.", None, EXIT_INTERRUPTED)
-    if isinstance(error, OSError) and error.errno in _FULL_DISK:
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         place = f" while writing {error.filename}" if error.filename else ""
         return Failure(
             f"The disk is full{place}.", "Make room, then run the command again.", EXIT_BAD_INPUT

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import glob
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bitgen.cli.answers import show_answer
 from bitgen.cli.failures import EXIT_BAD_INPUT
-from bitgen.cli.models import model_or_newest_run
-from bitgen.config import DEVICES
+from bitgen.cli.models import Backend, Device, ModelToAsk, Threads, model_to_ask
 from bitgen.console import console
 from bitgen.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
     from bitgen.console import ProgressBar
-    from bitgen.inference.predictor import Answer, BitGen, Caption, RobotChoice
+    from bitgen.dataset.plans import Subtask
+    from bitgen.inference.predictor import Answer, BitGen
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -33,14 +36,7 @@ def infer(
             help="Files, folders and globs; may be left out where --task is given.",
         ),
     ] = None,
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            "--model",
-            metavar="RUN_OR_FILE",
-            help="Run folder or exported file. Default: the newest run in ./runs.",
-        ),
-    ] = None,
+    model: ModelToAsk = None,
     prompt: Annotated[
         str, typer.Option("--prompt", metavar="TEXT", help="Words that the caption begins with.")
     ] = "",
@@ -50,6 +46,32 @@ def infer(
             "--task", metavar="TEXT", help="A job: rank the robots for it and the picture."
         ),
     ] = None,
+    robots: Annotated[
+        Path | None,
+        typer.Option(
+            "--robots",
+            metavar="FILE",
+            help="Robot catalog (JSON) to choose from, also of robots that were not trained on."
+            " Default: the model's own.",
+        ),
+    ] = None,
+    robot_threshold: Annotated[
+        float | None,
+        typer.Option(
+            "--robot_threshold",
+            metavar="0..1",
+            help="Probability from which a robot is chosen. Default: the one that the training's"
+            " validation found.",
+        ),
+    ] = None,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Say why each robot is ranked so: the words of task and robot, and the pieces of"
+            " the picture, without which its score changes most.",
+        ),
+    ] = False,
     beam_size: Annotated[
         int, typer.Option("--beam_size", help="Captions searched side by side; 1 is greedy.")
     ] = 1,
@@ -85,21 +107,9 @@ def infer(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch_size", help="Pictures at a time.")] = 16,
-    device: Annotated[
-        str, typer.Option("--device", metavar="|".join(DEVICES), help="Where to run.")
-    ] = "auto",
-    backend: Annotated[
-        str,
-        typer.Option(
-            "--backend",
-            metavar="auto|native|torch",
-            help="native: the CPU, without PyTorch; torch: PyTorch. auto: native where it can.",
-        ),
-    ] = "auto",
-    threads: Annotated[
-        int | None,
-        typer.Option("--threads", help="Processor threads. Default: one a core."),
-    ] = None,
+    device: Device = "auto",
+    backend: Backend = "auto",
+    threads: Threads = None,
     heatmap: Annotated[
         Path | None,
         typer.Option(
@@ -109,22 +119,73 @@ def infer(
             " for each word. It shows where the layers looked, not why they answered so.",
         ),
     ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Split the --task into ordered subtasks, each with a robot."),
+    ] = False,
+    max_subtasks: Annotated[
+        int, typer.Option("--max_subtasks", help="Most subtasks of a --plan.")
+    ] = 8,
+    plan_robots: Annotated[
+        str,
+        typer.Option(
+            "--plan_robots",
+            metavar="auto|decoder|selector",
+            help="Who gives the subtasks of a --plan their robots. auto: the decoder that writes"
+            " them; for a catalog with robots that it was not trained with, the robot selector.",
+        ),
+    ] = "auto",
+    watch: Annotated[
+        Path | None,
+        typer.Option(
+            "--watch",
+            metavar="DIR",
+            help="Answer for each picture that arrives in this folder, as soon as it is whole,"
+            " until Ctrl-C.",
+        ),
+    ] = None,
+    include_existing: Annotated[
+        bool,
+        typer.Option(
+            "--include_existing", help="With --watch: also for the pictures that are there already."
+        ),
+    ] = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a line, in input order.")
     ] = False,
 ) -> None:
-    """Caption pictures and, with --task, rank the robots for a job.
+    """Caption pictures and, with --task, rank the robots for a job and plan it.
 
-    A picture that cannot be read is reported, the others go on, and the exit code is 2.
+    A picture that cannot be read is reported, the others go on, and the exit code is 2 (with
+    --watch it is 0).
     """
-    if not images and task is None:
+    if watch is not None and images:
         raise InputError(
-            "No picture is given.", remedy="Name files, folders or globs, or ask with --task."
+            "--watch answers for a folder's new pictures, and pictures are named too.",
+            remedy="Give one of them; --include_existing begins with what the folder holds.",
+        )
+    if include_existing and watch is None:
+        raise InputError(
+            "--include_existing goes with --watch.", remedy="Name the folder: --watch DIR."
+        )
+    if not images and task is None and watch is None:
+        raise InputError(
+            "No picture is given.",
+            remedy="Name files, folders or globs, or ask with --task or --watch.",
         )
     if task is not None and not task.strip():
         raise InputError("--task is empty.", remedy='Say the job: --task "bring the red ball".')
+    for option, is_given in (
+        ("--robots", robots is not None),
+        ("--robot_threshold", robot_threshold is not None),
+        ("--explain", explain),
+    ):
+        if is_given and task is None:
+            raise InputError(f"{option} is for choosing robots: give --task too.")
+    if plan and task is None:
+        raise InputError("--plan splits a task, and none is given.", remedy="Give --task too.")
     paths = find_images(images or [])
-    if heatmap is not None and not paths:
+    if heatmap is not None and not paths and watch is None:
         raise InputError("--heatmap draws on pictures, and none is given.")
     if heatmap is not None and attention_window:
         raise InputError(
@@ -136,7 +197,13 @@ def infer(
             "--heatmap draws attention, which the native engine does not give out.",
             remedy="Leave --backend native out: PyTorch then draws.",
         )
-    source = model_or_newest_run(model)
+    arriving = None
+    if watch is not None:
+        from bitgen.inference.watch import FolderWatch
+
+        # Before the model is loaded: what arrives meanwhile is new.
+        arriving = FolderWatch(watch, include_existing)
+    source = model_to_ask(model)
 
     from bitgen.inference.predictor import BitGen, CaptionOptions
 
@@ -151,15 +218,28 @@ def infer(
         attention_window=attention_window,
         speculative=speculative,
     )
-    folders: list[Path] | list[None] = [None] * len(paths)
-    if heatmap is not None:
-        from bitgen.inference.heatmap import plan_folders
+    plan_options = None
+    if plan:
+        from bitgen.inference.planning import PlanOptions
 
-        folders = plan_folders(heatmap, paths)
+        plan_options = PlanOptions(
+            max_subtasks=max_subtasks, temperature=temperature, seed=seed, robots_by=plan_robots
+        )
+    folder_plan = None
+    if heatmap is not None:
+        from bitgen.inference.heatmap import FolderPlan
+
+        folder_plan = FolderPlan(heatmap)
+    folders = [None if folder_plan is None else folder_plan.folder(path) for path in paths]
     bitgen = BitGen.load(source, device=device, backend=backend, threads=threads)
     if console.debug:
         console.note(backend_words(bitgen))
-    if task is not None and not bitgen.config.robot_names:
+    if robots is not None:
+        bitgen.set_catalog(robots)
+    if robot_threshold is not None:
+        bitgen.robot_threshold = robot_threshold
+    ranks = task is not None and (bool(bitgen.config.robot_names) or not plan)
+    if ranks and not bitgen.config.robot_names:
         console.warning("This model was trained without robot tasks: its ranking means nothing.")
     reads_only = bitgen.config.attention_mode == "bidirectional"
     if reads_only and (task is None or heatmap is not None):
@@ -169,25 +249,59 @@ def infer(
             " --attention_mode.",
         )
     draw = None if heatmap is None else _map_drawer(bitgen, prompt)
-    if not paths:
+    if not paths and arriving is None:
         assert task is not None
-        _show(None, None, bitgen.select_robots(task), json)
+        subtasks = bitgen.plan(task, options=plan_options) if plan else None
+        ranked = bitgen.select_robots(task) if ranks else None
+        if explain and ranked is not None:
+            ranked = bitgen.explain_robots(ranked, task)
+        show_answer(None, None, ranked, json, subtasks)
+        return
+    if plan and not bitgen.writes_plans:
+        assert task is not None
+        bitgen.plan(task)  # says why not, before pictures are read
+
+    def answers_for(pictures: Sequence[Path]) -> Generator[Answer, None, None]:
+        return bitgen.answers(
+            pictures, options, prompt=prompt, task=task if ranks else None, captions=not reads_only
+        )
+
+    def planned(answer: Answer) -> list[Subtask] | None:
+        if not plan:
+            return None
+        assert task is not None and answer.pixels_3SS is not None
+        return bitgen.plan(task, picture_of(answer.pixels_3SS), options=plan_options)
+
+    def show(answer: Answer, folder: Path | None) -> None:
+        if answer.error is not None:
+            console.error(answer.error.message, answer.error.remedy)
+            return
+        ranked = answer.robots
+        if explain and ranked is not None and task is not None:
+            ranked = bitgen.explain_robots(ranked, task, answer.pixels_3SS)
+        picture = Path(str(answer.picture))
+        show_answer(picture, answer.caption, ranked, json, planned(answer))
+        if draw is not None and folder is not None:
+            sheet = draw(answer, folder)
+            if not json:
+                console.result(f"  heat maps: {sheet}")
+
+    if arriving is not None:
+        from bitgen.cli.watch import answer_arriving
+
+        def show_arrived(answer: Answer) -> None:
+            show(
+                answer,
+                None if folder_plan is None else folder_plan.folder(Path(str(answer.picture))),
+            )
+
+        answer_arriving(arriving, answers_for, show_arrived, include_existing)
         return
     num_bad = 0
-    answers = bitgen.answers(paths, options, prompt=prompt, task=task, captions=not reads_only)
-    with contextlib.closing(answers), _progress(len(paths)) as bar:
-        for number, (path, folder, answer) in enumerate(
-            zip(paths, folders, answers, strict=True), start=1
-        ):
-            if answer.error is not None:
-                console.error(answer.error.message, answer.error.remedy)
-                num_bad += 1
-            else:
-                _show(path, answer.caption, answer.robots, json)
-            if draw is not None and folder is not None and answer.error is None:
-                sheet = draw(answer, folder)
-                if not json:
-                    console.result(f"  heat maps: {sheet}")
+    with contextlib.closing(answers_for(paths)) as answers, _progress(len(paths)) as bar:
+        for number, (folder, answer) in enumerate(zip(folders, answers, strict=True), start=1):
+            show(answer, folder)
+            num_bad += answer.error is not None
             if bar is not None:
                 bar.update(number, len(paths))
     if num_bad:
@@ -206,18 +320,23 @@ def backend_words(bitgen: BitGen) -> str:
 
 def _map_drawer(bitgen: BitGen, prompt: str) -> Callable[[Answer, Path], Path]:
     """Draws the maps of one answer into a folder and returns the sheet of all words."""
-    from PIL import Image
-
     from bitgen.inference.heatmap import attention_maps, draw_maps, patch_grid
 
     grid = patch_grid(bitgen)
 
     def draw(answer: Answer, folder: Path) -> Path:
         assert answer.caption is not None and answer.pixels_3SS is not None
-        picture = Image.fromarray(answer.pixels_3SS.transpose(1, 2, 0))
+        picture = picture_of(answer.pixels_3SS)
         return draw_maps(attention_maps(bitgen, picture, answer.caption, prompt, grid), folder)
 
     return draw
+
+
+def picture_of(pixels_3SS: np.ndarray) -> Image.Image:
+    """What a model saw, uint8 `[3, S, S]`, as a picture that it sees again."""
+    from PIL import Image
+
+    return Image.fromarray(pixels_3SS.transpose(1, 2, 0))
 
 
 @contextlib.contextmanager
@@ -264,33 +383,3 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
         else:
             raise InputError(f"There is no file or folder {argument}.")
     return found
-
-
-def _show(
-    image: Path | None,
-    caption: Caption | None,
-    robots: Sequence[RobotChoice] | None,
-    json: bool,
-) -> None:
-    """Print what was said of one picture, or of a task without one."""
-    if json:
-        line: dict[str, Any] = {
-            "image": None if image is None else str(image),
-            "caption": None if caption is None else caption.text,
-            "tokens": None if caption is None else caption.tokens,
-            "log_probability": None if caption is None else caption.log_probability,
-        }
-        if caption is not None and caption.speculation is not None:
-            line["speculation"] = dataclasses.asdict(caption.speculation)
-        if robots is not None:
-            line["robots"] = [
-                {"name": robot.name, "probability": robot.probability} for robot in robots
-            ]
-        console.json(line)
-        return
-    if image is not None:
-        console.result(str(image))
-    if caption is not None:
-        console.result(f"  {caption.text}")
-    for robot in robots or ():
-        console.result(f"  {robot.probability:6.1%}  {robot.name}")

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitgen.cli.models import model_or_newest_run
+from bitgen.cli.models import MODEL_DEFAULT, model_to_ask
 from bitgen.console import console, duration, file_size
 from bitgen.errors import InputError
+from bitgen.shipped import MODEL_CARD, shipped_file, shipped_model
 
 if TYPE_CHECKING:
     from bitgen.inference.inspect import ModelDescription, PartDescription
@@ -22,7 +23,7 @@ def info(
         Path | None,
         typer.Argument(
             metavar="[MODEL]",
-            help="Run folder, checkpoint folder or exported file. Default: the newest run.",
+            help=f"Run folder, checkpoint folder or exported file. {MODEL_DEFAULT}",
         ),
     ] = None,
     system: Annotated[
@@ -35,7 +36,7 @@ def info(
     if system:
         _show_system(model, json)
         return
-    source = model_or_newest_run(model)
+    source = model_to_ask(model)
 
     from bitgen.cli.training_run import figure_rows
     from bitgen.inference.inspect import describe
@@ -98,6 +99,8 @@ def info(
         ("on disk", file_size(found.bytes_on_disk)),
         ("robots", ", ".join(found.robots) or "none"),
     ]
+    if source == shipped_model():
+        rows.append(("model card", str(shipped_file(MODEL_CARD))))
     if found.step is not None:
         rows.append(("trained", f"{found.step:,} steps in run {found.run}"))
     if found.tokens and found.images:
@@ -132,7 +135,8 @@ def _show_system(model: Path | None, json: bool) -> None:
 def _packing_words(found: ModelDescription) -> str:
     ternary = "" if found.packing is None else f"ternary weights at {found.packing} bits, "
     scales = ", one scale a row" if found.embedding == "int8" else ""
-    return f"{ternary}embedding and lm head in {found.embedding}{scales}"
+    convolutions = ", convolutions in int8" if found.convolutions == "int8" else ""
+    return f"{ternary}embedding and lm head in {found.embedding}{scales}{convolutions}"
 
 
 def _bits_words(found: ModelDescription) -> str:

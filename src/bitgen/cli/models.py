@@ -1,20 +1,78 @@
-"""Which model a command works with."""
+"""Which model a command works with, and on what it runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from bitgen.config import DEVICES
 from bitgen.console import console
+from bitgen.shipped import SHIPPED_MODEL, model_path, shipped_model
 
 RUNS = Path("runs")
 
+MODEL_DEFAULT = (
+    f"`{SHIPPED_MODEL}`: the model that ships with BitGen. Default: the newest run in ./runs, else"
+    " the one that ships."
+)
+ModelToAsk = Annotated[
+    Path | None,
+    typer.Option(
+        "--model", metavar="RUN_OR_FILE", help=f"Run folder or exported file. {MODEL_DEFAULT}"
+    ),
+]
+
+Device = Annotated[str, typer.Option("--device", metavar="|".join(DEVICES), help="Where to run.")]
+Backend = Annotated[
+    str,
+    typer.Option(
+        "--backend",
+        metavar="auto|native|torch",
+        help="native: the CPU, without PyTorch; torch: PyTorch. auto: native where it can.",
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", help="Processor threads. Default: one a core.")
+]
+
 
 def model_or_newest_run(model: Path | None) -> Path:
-    """The given model, or the newest run in ./runs, which is then told."""
+    """The given model, or the newest run in ./runs, which is then told.
+
+    Raises:
+        ModelFileError: there is no run.
+    """
     if model is not None:
         return model
     from bitgen.training.checkpoint import latest_run
 
-    newest = latest_run(RUNS)
-    console.note(f"Using the newest run, {newest}.")
-    return newest
+    return _told(latest_run(RUNS))
+
+
+def model_to_ask(model: Path | None) -> Path:
+    """The model that answers: the given one, else the newest run in ./runs, else the one that
+    ships; which of both is told.
+
+    Raises:
+        ModelFileError: there is neither a run nor a model that ships.
+    """
+    if model is not None:
+        return model_path(model)
+    shipped = shipped_model()
+    if shipped is None:
+        return model_or_newest_run(None)
+    if RUNS.is_dir():  # runs are read by torch, which who has none need not wait for
+        from bitgen.training.checkpoint import find_latest_run
+
+        newest = find_latest_run(RUNS)
+        if newest is not None:
+            return _told(newest)
+    console.note(f"Using the model that ships with BitGen, {shipped.stem}.")
+    return shipped
+
+
+def _told(run: Path) -> Path:
+    console.note(f"Using the newest run, {run}.")
+    return run

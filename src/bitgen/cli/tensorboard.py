@@ -101,6 +101,7 @@ class TensorBoardCallback(TrainerCallback):
                 "training/loss": report.loss,
                 "training/robot_loss": report.robot_loss,
                 "training/image_word_loss": report.image_word_loss,
+                "training/reward": report.reward,
                 **{f"training/{name}_loss": value for name, value in report.other_losses.items()},
                 "training/gradient_norm": report.grad_norm,
                 "schedule/learning_rate": report.learning_rate,
@@ -136,8 +137,11 @@ class TensorBoardCallback(TrainerCallback):
             report.step,
             {
                 "validation/loss": report.loss,
+                "validation/plan_loss": report.plan_loss,
                 "validation/robot_loss": report.robot_loss,
                 "validation/robot_exact_match": report.robot_exact_match,
+                "validation/cider": report.cider,
+                "validation/robot_threshold": report.robot_threshold,
             },
         )
         if self._samples:

@@ -12,25 +12,34 @@ from bitgen.cli.command import config_options
 from bitgen.cli.models import RUNS
 from bitgen.config import MODEL_SIZES, BitGenConfig, TrainingConfig
 from bitgen.errors import InputError
+from bitgen.shipped import model_path
 
 DATA, MODEL, TRAINING, RUN = "Data", "Model", "Training", "Run and machine"
 LOGS = ("none", "tensorboard")
 
-_DATA_FIELDS = ("captions", "max_caption_tokens", "augment", "length_buckets")
+_DATA_FIELDS = (
+    "captions", "max_caption_tokens", "max_plan_tokens", "robot_repeats", "plan_repeats",
+    "augment", "smallest_crop", "cached_views", "length_buckets",
+)  # fmt: skip
 _MODEL_FIELDS = (
-    "image_size", "image_resize", "image_encoder", "freeze_encoder", "quantization",
-    "attention_mode", "dropout", "num_experts", "experts_per_token", "predict_tokens",
+    "image_size", "image_resize", "image_encoder", "patch_size", "stem_residual_convolutions",
+    "freeze_encoder", "quantization", "attention_mode", "dropout", "num_experts",
+    "experts_per_token", "predict_tokens",
 )  # fmt: skip
 _TRAINING_FIELDS = (
     "num_epochs", "max_steps", "batch_size", "grad_accumulation", "learning_rate",
-    "min_learning_rate", "schedule", "warmup_steps", "weight_decay", "grad_clip", "label_smoothing",
-    "robot_loss_weight", "image_word_weight", "future_token_weight", "load_balance_weight",
-    "router_z_weight", "word_pretraining_steps", "objective", "mlm_probability",
-    "prompt_probability", "seed",
+    "encoder_learning_rate", "min_learning_rate", "schedule", "warmup_steps", "weight_decay",
+    "grad_clip", "label_smoothing",
+    "robot_loss_weight", "task_word_dropout", "robot_phrase_dropout", "image_word_weight",
+    "future_token_weight", "load_balance_weight",
+    "router_z_weight", "word_pretraining_steps", "word_pretraining_image_size",
+    "word_mixup", "norm_batch", "objective", "mlm_probability", "num_sampled_captions",
+    "cross_entropy_weight", "prompt_probability", "seed",
 )  # fmt: skip
 _RUN_FIELDS = (
-    "eval_every", "save_every", "patience", "keep_checkpoints", "weights_every", "precision",
-    "device", "parallel", "num_workers", "compile", "activation_checkpointing",
+    "eval_every", "save_every", "patience", "best_by", "cider_images", "keep_checkpoints",
+    "weights_every", "precision", "device", "parallel", "num_workers", "compile",
+    "activation_checkpointing",
 )  # fmt: skip
 TRAIN_OPTIONS = [
     *config_options(TrainingConfig, _DATA_FIELDS, DATA),
@@ -52,12 +61,12 @@ def train(
         ),
     ] = None,
     robot_data: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
             "--robot_data",
             metavar="FILE",
             rich_help_panel=DATA,
-            help="JSON list of robot tasks to train on.",
+            help="JSON list of robot tasks to train on; may be given several times.",
         ),
     ] = None,
     robot_val_data: Annotated[
@@ -68,6 +77,16 @@ def train(
             rich_help_panel=DATA,
             help="Robot tasks to validate on. Default: robots_val.json beside robots_train.json,"
             " or a tenth of --robot_data.",
+        ),
+    ] = None,
+    plan_data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--plan_data",
+            metavar="FILE",
+            rich_help_panel=DATA,
+            help="JSON list of plans (subtasks, each with a robot and an order) to train on; a"
+            " tenth of them is validated on. May be given several times.",
         ),
     ] = None,
     robots: Annotated[
@@ -94,7 +113,8 @@ def train(
             "--cache_dir",
             metavar="DIR",
             rich_help_panel=DATA,
-            help="Where decoded images are kept. Default: bitgen in the user's cache folder.",
+            help="Where decoded images, and features of frozen encoders, are kept. Default: bitgen"
+            " in the user's cache folder.",
         ),
     ] = None,
     model_size: Annotated[
@@ -112,8 +132,20 @@ def train(
             "--encoder_weights",
             metavar="FILE|NAME",
             rich_help_panel=MODEL,
-            help="Weights that the image encoder starts from: a file, or torchvision's name of"
-            " them, such as DEFAULT.",
+            help="Weights that the image encoder starts from: a file (safetensors, or a state dict"
+            " of torch), or torchvision's name of them, such as DEFAULT, which it downloads. Those"
+            " of hf:FOLDER lie in the folder.",
+        ),
+    ] = None,
+    initial_model: Annotated[
+        Path | None,
+        typer.Option(
+            "--initial_model",
+            metavar="RUN_OR_FILE",
+            rich_help_panel=MODEL,
+            help="A run (its best checkpoint), one of its checkpoints, an exported file, or"
+            " 'shipped': the training starts with its weights, architecture and tokenizer, and with"
+            " its robot catalog unless --robots is given. The optimizer starts anew.",
         ),
     ] = None,
     output_dir: Annotated[
@@ -176,9 +208,13 @@ def train(
     ] = False,
     **fields: Any,
 ) -> None:
-    """Train a model on COCO captions and, where given, robot tasks."""
+    """Train a model on COCO captions and, where given, robot tasks and plans."""
     if resume and overwrite:
         raise InputError("--resume goes on with a run, --overwrite replaces it: give one of them.")
+    if resume and initial_model is not None:
+        raise InputError(
+            "--resume goes on with a run, --initial_model starts a new one: give one of them."
+        )
     if dry_run and resume:
         raise InputError(
             "--dry_run is for a new training: a run that is resumed takes what it took before.",
@@ -199,13 +235,22 @@ def train(
         if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     }  # fmt: skip
     model_changes = {name: fields[name] for name in _MODEL_FIELDS}
+    # A training that starts from a model has its architecture: what is asked for must be given.
+    asked_changes = {
+        name: value
+        for name, value in model_changes.items()
+        if initial_model is None or name in given
+    }
+    asked_size = model_size if initial_model is None or "model_size" in given else None
     training_changes = {name: value for name, value in fields.items() if name not in _MODEL_FIELDS}
     sources: dict[str, Any] = {
         "coco_data": coco_data,
-        "robot_data": robot_data,
+        "robot_data": robot_data or (),
         "robot_val_data": robot_val_data,
+        "plan_data": plan_data or (),
         "robots": robots,
         "tokenizer": tokenizer,
+        "initial_model": None if initial_model is None else model_path(initial_model),
     }
     training = TrainingConfig(**training_changes)
     if dry_run:
@@ -217,7 +262,13 @@ def train(
         if output_dir is not None:
             refuse_existing_output(output_dir, overwrite)
         estimate = estimate_training(
-            DataSources(**sources), model_size, model_changes, training, ConsoleObserver()
+            DataSources(**sources),
+            asked_size,
+            asked_changes,
+            training,
+            ConsoleObserver(),
+            encoder_weights,
+            cache_dir,
         )
         show_estimate(estimate, json=json)
         return
@@ -265,8 +316,8 @@ def train(
             return prepare_training(
                 DataSources(**sources),
                 run_dir,
-                model_size=model_size,
-                model_changes=model_changes,
+                model_size=asked_size,
+                model_changes=asked_changes,
                 training=training,
                 encoder_weights=encoder_weights,
                 cache_dir=cache_dir,

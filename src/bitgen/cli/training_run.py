@@ -69,11 +69,13 @@ class ConsoleCallback(TrainerCallback):
 
     def on_step(self, report: StepReport) -> None:
         parts = [] if report.loss is None else [f"loss {report.loss:.3f}"]
+        if report.reward is not None:
+            parts.append(f"reward {report.reward:.3f}")
         if report.robot_loss is not None:
             parts.append(f"robots {report.robot_loss:.3f}")
         if report.image_word_loss is not None:
             parts.append(f"image words {report.image_word_loss:.3f}")
-        if report.loss is not None:
+        if report.tokens:
             parts.append(f"{report.tokens_per_second:,.0f} tokens/s")
         parts.append(f"{report.images_per_second:,.0f} images/s")
         self._bar.update(
@@ -128,10 +130,14 @@ def show_summary(summary: TrainingSummary, json: bool) -> None:
                 "first_loss": summary.first_loss,
                 "loss": summary.loss,
                 "validation_loss": validation.loss if validation else None,
+                "plan_loss": validation.plan_loss if validation else None,
                 "robot_loss": validation.robot_loss if validation else None,
                 "robot_exact_match": validation.robot_exact_match if validation else None,
+                "cider": validation.cider if validation else None,
+                "robot_threshold": validation.robot_threshold if validation else None,
                 "best_step": summary.best_step,
                 "best_loss": summary.best_loss,
+                "best_cider": summary.best_cider,
                 "seconds": summary.seconds,
                 "wall_seconds": summary.wall_seconds,
                 "tokens_per_second": summary.tokens_per_second,
@@ -163,7 +169,7 @@ def show_summary(summary: TrainingSummary, json: bool) -> None:
     if summary.curves is not None:
         rows.append(("curves", str(summary.curves)))
     console.table(("", ""), rows)
-    if summary.loss is not None:
+    if summary.loss is not None or summary.best_cider is not None:
         console.result(f"Caption pictures with: bitgen infer IMAGE --model {summary.run_dir}")
     else:
         console.result(f"Rank robots with: bitgen infer --task JOB --model {summary.run_dir}")
@@ -191,17 +197,34 @@ def figure_rows(figures: RunFigures) -> list[tuple[str, str]]:
 
 
 def _validation_words(report: ValidationReport) -> str:
-    return _judged_words(report.loss, report.robot_loss, report.robot_exact_match)
+    return _judged_words(
+        report.loss,
+        report.plan_loss,
+        report.robot_loss,
+        report.robot_exact_match,
+        report.robot_threshold,
+        report.cider,
+    )
 
 
 def _judged_words(
-    loss: float | None, robot_loss: float | None, robot_exact_match: float | None
+    loss: float | None,
+    plan_loss: float | None,
+    robot_loss: float | None,
+    robot_exact_match: float | None,
+    robot_threshold: float | None,
+    cider: float | None = None,
 ) -> str:
     parts = []
+    if cider is not None:
+        parts.append(f"CIDEr {cider:.3f}")
     if loss is not None:
         parts.append(f"loss {loss:.3f}")
+    if plan_loss is not None:
+        parts.append(f"plan loss {plan_loss:.3f}")
     if robot_loss is not None:
         parts.append(f"robot loss {robot_loss:.3f}")
     if robot_exact_match is not None:
-        parts.append(f"robots right {robot_exact_match:.1%}")
-    return ", ".join(parts) or "without captions or robot tasks that have a loss"
+        at = "" if robot_threshold is None else f" at {robot_threshold}"
+        parts.append(f"robots right {robot_exact_match:.1%}{at}")
+    return ", ".join(parts) or "without captions, robot tasks or plans that have a loss"

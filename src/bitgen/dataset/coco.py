@@ -91,7 +91,9 @@ class Collection:
     files: tuple[Path, ...]
 
 
-def load_coco(directories: Sequence[Path], split: Split) -> list[CaptionedImage]:
+def load_coco(
+    directories: Sequence[Path], split: Split, needs_pictures: bool = True
+) -> list[CaptionedImage]:
     """Read every captioned picture of one split from one or more folders, joined.
 
     Layouts: `annotations/captions_{train,val}{2014,2017}.json`, or the Karpathy split
@@ -100,7 +102,9 @@ def load_coco(directories: Sequence[Path], split: Split) -> list[CaptionedImage]
     `images/{split}/`, `images/` or the folder itself.
 
     Pictures that are listed but not on disk, and those without a caption, are left out
-    (`check_dataset` names them). Where a folder has pictures of only one of train and val, they are
+    (`check_dataset` names them); unless `needs_pictures` is False, which keeps the former, with the
+    path where they would be, and divides no split that is there. Where a folder has pictures of
+    only one of train and val, they are
     divided by a hash of the image id: 5% are validated on, and at least one each if there are two.
 
     Raises DatasetError for a folder that is missing, empty or without captions, for a caption file
@@ -112,7 +116,7 @@ def load_coco(directories: Sequence[Path], split: Split) -> list[CaptionedImage]
         )
     images: dict[Path, CaptionedImage] = {}
     for directory in {Path(d).resolve(): Path(d) for d in directories}.values():
-        for image in _load_directory(directory, split):
+        for image in _load_directory(directory, split, needs_pictures):
             images.setdefault(image.path, image)
     return list(images.values())
 
@@ -218,10 +222,13 @@ _DATA_REMEDY = (
 )
 
 
-def _load_directory(directory: Path, split: Split) -> list[CaptionedImage]:
+def _load_directory(directory: Path, split: Split, needs_pictures: bool) -> list[CaptionedImage]:
     num_listed = 0
     looked_in: list[Path] = []
-    for collection in find_collections(directory):
+    collections = find_collections(directory)
+    if not needs_pictures:
+        collections = [_with_pictures(directory, collections) or collections[0]]
+    for collection in collections:
         finder = ImageFinder(directory, collection.name)
         by_split: dict[str, list[CaptionedImage]] = {"train": [], "val": [], "test": []}
         for file in collection.files:
@@ -229,11 +236,15 @@ def _load_directory(directory: Path, split: Split) -> list[CaptionedImage]:
             num_listed += len(listed)
             for image in listed:
                 path = finder.find(image) if image.captions else None
+                if path is None and image.captions and not needs_pictures:
+                    path = finder.folders(image.folder)[0] / Path(image.file_name).name
                 if path is not None:
                     found = CaptionedImage(path, image.image_id, image.captions)
                     by_split[image.split].append(found)
             for folder in sorted({image.folder for image in listed}):
                 looked_in.extend(finder.folders(folder))
+        if by_split[split] and not needs_pictures:
+            return by_split[split]
         if any(by_split.values()):
             return _choose_split(directory, collection, by_split, split)
     folders = ", ".join(str(folder) for folder in dict.fromkeys(looked_in))
@@ -242,6 +253,16 @@ def _load_directory(directory: Path, split: Split) -> list[CaptionedImage]:
         f" in: {folders}.",
         remedy=_DATA_REMEDY,
     )
+
+
+def _with_pictures(directory: Path, collections: Sequence[Collection]) -> Collection | None:
+    """The first collection with a captioned picture on disk, the one that is trained on."""
+    for collection in collections:
+        finder = ImageFinder(directory, collection.name)
+        listed = (image for file in collection.files for image in read_caption_file(file).images)
+        if any(image.captions and finder.find(image) for image in listed):
+            return collection
+    return None
 
 
 def _choose_split(

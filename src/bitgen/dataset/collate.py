@@ -32,16 +32,22 @@ class Sample:
         num_prefix: how many of them form the prefix, without loss; the rest are the caption.
         labels: aligned with `input_ids`; None: the caption is its own label, the prefix has none.
         image: uint8 `[3, S, S]`, or None.
+        image_features: of a frozen encoder, float16 `[P, E]`, in the place of `image`; or None.
         robot_labels: 0/1 a robot of the catalog, or None if the sample is no robot task.
         image_words: weight of each token that the picture's captions hold; they add up to 1.
+        is_plan: whether the text is a plan, not a caption.
+        picture: which of the set's captioned pictures it is; -1 if it is none of them.
     """
 
     input_ids: list[int]
     num_prefix: int
-    image: torch.Tensor | None
+    image: torch.Tensor | None = None
     robot_labels: tuple[float, ...] | None = None
     image_words: dict[int, float] = dataclasses.field(default_factory=dict)
     labels: list[int] | None = None
+    is_plan: bool = False
+    picture: int = -1
+    image_features: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -55,10 +61,13 @@ class Batch:
             themselves; in masked language modelling what stood at the chosen positions.
         prefix_lengths: int64 `[B]`, text tokens in each row's prefix.
         images: uint8 `[B, 3, H, W]`, or None if no row has a picture.
+        image_features: float16 `[B, P, E]`, in the place of `images`, or None.
         image_mask: bool `[B]`, False = the row has no picture (zeros stand in its place).
         robot_labels: float32 `[B, R]`, NaN = no label.
         word_ids: int64 `[B, W]`, tokens of all captions of the row's picture.
         word_weights: float32 `[B, W]`, adding up to 1 a row; 0 = padding.
+        is_plan: bool `[B]`, True = the row's text is a plan, not a caption.
+        pictures: int64 `[B]`, which of the set's captioned pictures each row is of; -1 = none.
     """
 
     input_ids: torch.Tensor
@@ -70,6 +79,14 @@ class Batch:
     robot_labels: torch.Tensor
     word_ids: torch.Tensor
     word_weights: torch.Tensor
+    is_plan: torch.Tensor
+    pictures: torch.Tensor
+    image_features: torch.Tensor | None = None
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether image tokens stand before the text, of pictures or of their features."""
+        return self.images is not None or self.image_features is not None
 
     def rows(self, chosen_B: torch.Tensor) -> Batch:
         """The rows where bool `[B]` is True."""
@@ -128,19 +145,28 @@ class Collator:
             if sample.robot_labels is not None:
                 robot_labels[row] = torch.tensor(sample.robot_labels)
         lengths_B = torch.tensor([len(sample.input_ids) for sample in samples])
-        pictures = [sample.image for sample in samples if sample.image is not None]
-        images = None
-        if pictures:
-            blank = torch.zeros_like(pictures[0])
-            images = torch.stack([blank if s.image is None else s.image for s in samples])
         return Batch(
             input_ids=input_ids,
             attention_mask=torch.arange(length) < lengths_B[:, None],
             labels=labels,
             prefix_lengths=torch.tensor([sample.num_prefix for sample in samples]),
-            images=images,
-            image_mask=torch.tensor([sample.image is not None for sample in samples]),
+            images=_stacked([sample.image for sample in samples]),
+            image_mask=torch.tensor(
+                [s.image is not None or s.image_features is not None for s in samples]
+            ),
             robot_labels=robot_labels,
             word_ids=word_ids,
             word_weights=word_weights,
+            is_plan=torch.tensor([sample.is_plan for sample in samples]),
+            pictures=torch.tensor([sample.picture for sample in samples]),
+            image_features=_stacked([sample.image_features for sample in samples]),
         )
+
+
+def _stacked(rows: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """One tensor with zeros for rows that are None; None if all are."""
+    present = [row for row in rows if row is not None]
+    if not present:
+        return None
+    blank = torch.zeros_like(present[0])
+    return torch.stack([blank if row is None else row for row in rows])

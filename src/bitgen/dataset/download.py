@@ -7,7 +7,6 @@ whole, `NAME.done` once it is unpacked. So a download that is cut off or killed 
 from __future__ import annotations
 
 import contextlib
-import errno
 import http.client
 import json
 import os
@@ -26,6 +25,7 @@ from typing import Any
 
 from bitgen.dataset.coco import YEARS, is_inside
 from bitgen.errors import DiskFullError, DownloadError, InputError
+from bitgen.files import DISK_FULL
 
 COCO_URL = "http://images.cocodataset.org"
 
@@ -301,7 +301,7 @@ def _clear_write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             raise DiskFullError(
                 f"No room is left in {folder}.",
                 remedy="Free some space and run the command again: it continues.",

@@ -6,25 +6,21 @@ Shapes: B batch, 3 channels (red, green, blue), H = W = S the side of the square
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
-import json
 import os
 import re
-import tempfile
 import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from bitgen.config import IMAGE_RESIZES
-from bitgen.errors import DatasetError, DiskFullError, ImageError
+from bitgen.dataset.shards import ProgressCallback, RowKey, ShardCache, reason_of
+from bitgen.errors import ImageError
 
 if TYPE_CHECKING:
     import torch
@@ -58,16 +54,6 @@ _EXIF_TRANSPOSES = {
 }
 
 _CACHE_VERSION = 1
-_SHARD_BYTES = 64 * 2**20
-_TEMPORARY_SUFFIX = ".tmp"
-_ABANDONED_SECONDS = 24 * 3600
-_LOCK_POLL_SECONDS = 0.25
-
-_FileKey = tuple[str, int, int]
-"""Absolute path, bytes, modification time in nanoseconds."""
-
-ProgressCallback = Callable[[int, int], None]
-"""Called with how many are done and how many there are."""
 
 
 def load_image(path: Path | str, image_size: int, resize: str) -> np.ndarray:
@@ -111,7 +97,7 @@ def prepare_image(image: Image.Image, image_size: int, resize: str) -> np.ndarra
             if small.size != (image_size, image_size):
                 small = _pad(small, image_size)
     except Exception as error:  # Pillow raises nearly any type on damaged data
-        raise ImageError(f"the picture cannot be decoded ({_reason(error)}).") from error
+        raise ImageError(f"the picture cannot be decoded ({reason_of(error)}).") from error
     return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))
 
 
@@ -139,29 +125,24 @@ def default_cache_dir() -> Path:
     return Path.home() / ".cache" / "bitgen"
 
 
-class ImageCache:
+class ImageCache(ShardCache):
     """Pictures decoded and resized once, read back from memory-mapped files.
 
-    The folder holds shards of about 64 MiB: `NAME.rgb` (uint8 rows [N, 3, S, S]) and `NAME.json`
-    (which file, of which size and modification time, each row is). A shard's JSON is renamed into
-    place last, so a kill at any moment leaves whole shards only; shards are never changed, so
-    several processes may prepare and read at once.
-
-    It may be pickled: workers open the files by themselves.
+    Its shards are `NAME.rgb`: uint8 rows [N, 3, S, S].
     """
 
     def __init__(self, directory: Path, image_size: int, resize: str) -> None:
         if resize not in IMAGE_RESIZES:
             raise ValueError(f"resize must be one of {', '.join(IMAGE_RESIZES)}; got {resize!r}.")
+        super().__init__(
+            Path(directory) / f"images-v{_CACHE_VERSION}-{image_size}px-{resize}",
+            row_shape=(3, image_size, image_size),
+            dtype=np.uint8,
+            suffix=".rgb",
+            contents="decoded pictures",
+        )
         self.image_size = image_size
         self.resize = resize
-        self.directory = Path(directory) / f"images-v{_CACHE_VERSION}-{image_size}px-{resize}"
-        self._row_bytes = 3 * image_size * image_size
-        self._rows_per_shard = max(16, _SHARD_BYTES // self._row_bytes)
-        self._shards: dict[str, int] = {}  # name -> number of rows
-        self._known: dict[_FileKey, tuple[str, int]] = {}  # file -> shard, row
-        self._rows: dict[str, tuple[str, int]] = {}  # path prepared here -> shard, row
-        self._maps: dict[str, np.ndarray] = {}
 
     def prepare(
         self,
@@ -176,136 +157,33 @@ class ImageCache:
         DiskFullError, or DatasetError where the cache cannot be written; either leaves a valid
         cache.
         """
-        total = len(paths)
-        report = on_progress or (lambda done, total: None)
-        bad: dict[Path, str] = {}
-        keys: dict[_FileKey, Path] = {}
-        for path in dict.fromkeys(paths):
-            try:
-                keys[_file_key(path)] = path
-            except OSError as error:
-                bad[path] = f"{path}: {_reason(error)}."
-        with _clear_write_errors(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-        self._remove_abandoned()
-        with self._lock(keys, report, total):
-            missing = self._missing(keys)
-            done = total - len(missing)
-            report(done, total)
-            for start in range(0, len(missing), self._rows_per_shard):
-                chunk = missing[start : start + self._rows_per_shard]
-                self._write_shard(chunk, keys, bad, done + start, total, report, num_workers)
-        for key, path in keys.items():
-            if key in self._known:
-                self._rows[os.path.abspath(path)] = self._known[key]
-        return bad
-
-    def __contains__(self, path: Path) -> bool:
-        return os.path.abspath(path) in self._rows
+        return self._prepare(dict.fromkeys(paths, ("",)), on_progress, num_workers)
 
     def __getitem__(self, path: Path) -> np.ndarray:
         """Return the picture as uint8 [3, S, S], a copy. Raises KeyError if not prepared."""
-        row = self._rows.get(os.path.abspath(path))
-        if row is None:
-            raise KeyError(f"{path} was not prepared, or cannot be decoded.")
-        shard, index = row
-        if shard not in self._maps:
-            shape = (self._shards[shard], 3, self.image_size, self.image_size)
-            file = self.directory / f"{shard}.rgb"
-            self._maps[shard] = np.memmap(file, dtype=np.uint8, mode="r", shape=shape)
-        return np.array(self._maps[shard][index])
+        return self._row(path)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # What only `prepare` needs stays behind, and memory maps cannot travel.
-        return {**self.__dict__, "_maps": {}, "_known": {}}
+    def _make_rows(
+        self, chunk: Sequence[RowKey], num_workers: int
+    ) -> Generator[np.ndarray | str, None, None]:
+        with decoding_threads(num_workers) as executor:
+            yield from executor.map(self._decode, [key.path for key in chunk])
 
-    def _missing(self, keys: dict[_FileKey, Path]) -> list[_FileKey]:
-        self._read_index()
-        return [key for key in keys if key not in self._known]
-
-    def _read_index(self) -> None:
-        """Learn the shards that were added since, by this process or another."""
-        for file in self.directory.glob("*.json"):
-            shard = file.stem
-            if shard in self._shards:
-                continue
-            try:
-                entries = json.loads(file.read_bytes())["files"]
-                keys = [(str(path), int(size), int(mtime)) for path, size, mtime in entries]
-                length = (self.directory / f"{shard}.rgb").stat().st_size
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # not ours, or removed meanwhile: what it held is decoded again
-            if length != len(keys) * self._row_bytes:
-                continue
-            self._shards[shard] = len(keys)
-            self._known.update({key: (shard, row) for row, key in enumerate(keys)})
-
-    def _write_shard(
-        self,
-        chunk: list[_FileKey],
-        keys: dict[_FileKey, Path],
-        bad: dict[Path, str],
-        done: int,
-        total: int,
-        report: ProgressCallback,
-        num_workers: int,
-    ) -> None:
-        pixels = np.empty((len(chunk), 3, self.image_size, self.image_size), dtype=np.uint8)
-        good: list[_FileKey] = []
-        executor = ThreadPoolExecutor(num_workers or available_cpus(), "decode")
+    def _decode(self, path: str) -> np.ndarray | str:
         try:
-            for key, picture in zip(chunk, executor.map(self._decode, chunk), strict=True):
-                if isinstance(picture, str):
-                    bad[keys[key]] = picture
-                else:
-                    pixels[len(good)] = picture
-                    good.append(key)
-                done += 1
-                report(done, total)
-        finally:
-            executor.shutdown(wait=True, cancel_futures=True)
-        if not good:
-            return
-        # Named by its content: two processes that write the same shard write the same file.
-        name = hashlib.blake2b(json.dumps(good).encode(), digest_size=12).hexdigest()
-        content = pixels[: len(good)].data.cast("B")
-        with _clear_write_errors(self.directory):
-            # By write(), not through a memory map: on a full disk that would kill the process.
-            _write_atomically(self.directory / f"{name}.rgb", content)
-            _write_atomically(self.directory / f"{name}.json", json.dumps({"files": good}).encode())
-        self._read_index()
-
-    def _decode(self, key: _FileKey) -> np.ndarray | str:
-        try:
-            return load_image(key[0], self.image_size, self.resize)
+            return load_image(path, self.image_size, self.resize)
         except ImageError as error:
             return error.message
 
-    def _remove_abandoned(self) -> None:
-        """Remove what a killed process left half-written, a day ago or longer."""
-        for file in self.directory.glob(f"*{_TEMPORARY_SUFFIX}"):
-            with contextlib.suppress(OSError):
-                if time.time() - file.stat().st_mtime > _ABANDONED_SECONDS:
-                    file.unlink()
 
-    @contextlib.contextmanager
-    def _lock(
-        self, keys: dict[_FileKey, Path], report: ProgressCallback, total: int
-    ) -> Iterator[None]:
-        """Keep two processes from decoding the same files twice.
-
-        Only saves work: the shards are safe without it, where the system has no such locks.
-        """
-        with _clear_write_errors(self.directory):
-            file = (self.directory / "lock").open("ab")
-        with file:
-            while not _try_lock(file):
-                missing = self._missing(keys)
-                report(total - len(missing), total)
-                if not missing:
-                    break
-                time.sleep(_LOCK_POLL_SECONDS)
-            yield  # closing the file, or the end of the process, releases it
+@contextlib.contextmanager
+def decoding_threads(num_workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that decode pictures, 0 for one a core; what has not begun at the end is given up."""
+    executor = ThreadPoolExecutor(num_workers or available_cpus(), "decode")
+    try:
+        yield executor
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
 
 
 def available_cpus() -> int:
@@ -315,23 +193,18 @@ def available_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def _file_key(path: Path) -> _FileKey:
-    status = os.stat(path)
-    return os.path.abspath(path), status.st_size, status.st_mtime_ns
-
-
 @contextlib.contextmanager
 def _open_image(path: Path) -> Iterator[Image.Image]:
     """Open a picture and judge it by its header. Raises ImageError."""
     try:
         file = path.open("rb")
     except OSError as error:
-        raise ImageError(f"{path}: {_reason(error)}.") from error
+        raise ImageError(f"{path}: {reason_of(error)}.") from error
     with file:
         try:
             empty = not file.peek(1)
         except OSError as error:  # a folder, a failing disk
-            raise ImageError(f"{path}: {_reason(error)}.") from error
+            raise ImageError(f"{path}: {reason_of(error)}.") from error
         if empty:
             raise ImageError(f"{path}: the file is empty.")
         try:
@@ -433,11 +306,6 @@ def _pad(image: Image.Image, image_size: int) -> Image.Image:
     return padded
 
 
-def _reason(error: Exception) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return text.rstrip(".") or type(error).__name__
-
-
 _quiet_lock = threading.Lock()
 _quiet_depth = 0
 _quiet_filters = contextlib.ExitStack()
@@ -464,50 +332,3 @@ def _quiet_pillow() -> Iterator[None]:
             _quiet_depth -= 1
             if _quiet_depth == 0:
                 _quiet_filters.close()
-
-
-def _try_lock(file: BinaryIO) -> bool:
-    """Take an exclusive lock if it is free. True also where the system has none to give."""
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
-
-
-def _write_atomically(path: Path, content: bytes | memoryview) -> None:
-    handle, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f"{path.name}.", suffix=_TEMPORARY_SUFFIX
-    )
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-@contextlib.contextmanager
-def _clear_write_errors(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(
-                f"No room is left for the cache of decoded pictures in {directory}.",
-                remedy="Free some space, or set BITGEN_CACHE to a folder on another disk.",
-            ) from error
-        raise DatasetError(
-            f"The cache of decoded pictures cannot be written in {directory} ({_reason(error)}).",
-            remedy="Set BITGEN_CACHE to a folder that can be written.",
-        ) from error

@@ -23,6 +23,13 @@ def check_objective(
     config: BitGenConfig, training: TrainingConfig, tokenizer: Tokenizer | None = None
 ) -> None:
     """Raise ConfigError where model or tokenizer (None: not made yet) are not fit for it."""
+    writes_captions = training.objective == "self_critical" or training.judges_by_cider
+    if writes_captions and config.attention_mode == "bidirectional":
+        raise ConfigError(
+            "A bidirectional model writes no captions: it can neither be rewarded for them"
+            " (--objective self_critical) nor be judged by them (--best_by cider).",
+            remedy="Give --attention_mode prefix or causal.",
+        )
     if training.objective != "mlm":
         return
     if config.attention_mode != "bidirectional":

@@ -7,7 +7,6 @@ of every validation picture is one. A model that only learns pictures by rote fa
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import random
@@ -24,6 +23,7 @@ from PIL import Image
 from bitgen.dataset.scene_drawing import PLACES, Scene, SceneObject, draw_scene
 from bitgen.dataset.scene_objects import COLOURS, OBJECTS, SIZES
 from bitgen.errors import DatasetError, DiskFullError, OutputExistsError
+from bitgen.files import DISK_FULL
 
 PLACE_PHRASES: Mapping[str, tuple[str, ...]] = {
     "sky": ("in the sky", "up in the sky", "high in the sky", "in the air"),
@@ -151,7 +151,6 @@ _CAPTIONS_PER_SCENE = 5
 _FIRST_VAL_ID = 10_000_001
 _MARKER = "scenes_train.json"
 # Not every system knows quotas.
-_DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 def is_held_out(object_name: str, colour: str, place: str) -> bool:
@@ -248,7 +247,7 @@ def write_scenes(
             writer.close()
         _move_into_place(temporary, directory)
     except OSError as error:
-        if error.errno in _DISK_FULL:
+        if error.errno in DISK_FULL:
             raise DiskFullError(
                 f"The disk is full: the scenes could not be written to {directory}.",
                 remedy="Make room, choose another folder, or ask for fewer scenes.",

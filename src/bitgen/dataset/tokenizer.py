@@ -1,12 +1,15 @@
 """Byte-level BPE over captions, tasks and robot texts; any text round-trips.
 
 caption:    <|bos|> words <|eos|>        task: <|task|> words        robot: <|robot|> words
+plan:       <|plan|> words of the task, then JSON (`bitgen.dataset.plan_grammar`)
 
-`<|mask|>` stands for a hidden word in masked language modelling, and nowhere else.
+`<|mask|>` stands for a hidden word in masked language modelling, and nowhere else; `<|plan|>` asks
+for the ordered subtasks of a task.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,8 +18,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from bitgen.errors import InputError
 
-MASK_TOKEN = "<|mask|>"
-SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|task|>", "<|robot|>", MASK_TOKEN)
+MASK_TOKEN, PLAN_TOKEN = "<|mask|>", "<|plan|>"
+SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|task|>", "<|robot|>", MASK_TOKEN, PLAN_TOKEN)
+_LATER_TOKENS = frozenset((MASK_TOKEN, PLAN_TOKEN))  # which older tokenizers lack
 
 _ENCODED_AT_ONCE = 10_000  # texts: what `tokenizers` makes of one takes about a kilobyte
 
@@ -26,14 +30,14 @@ class Tokenizer:
 
     Attributes:
         pad_id, bos_id, eos_id, task_id, robot_id: ids of the special tokens.
-        mask_id: id of `<|mask|>`; None for tokenizers made before there was one.
+        mask_id, plan_id: ids of `<|mask|>` and `<|plan|>`; None for tokenizers made before.
         special_ids: all of these.
         vocab_size: number of entries; a model's embedding may have more rows.
     """
 
     def __init__(self, backend: HuggingFaceTokenizer) -> None:
         ids = {token: backend.token_to_id(token) for token in SPECIAL_TOKENS}
-        missing = [token for token, i in ids.items() if i is None and token != MASK_TOKEN]
+        missing = [token for token, i in ids.items() if i is None and token not in _LATER_TOKENS]
         if missing:
             raise InputError(
                 f"The tokenizer lacks the special tokens {', '.join(missing)}.",
@@ -41,7 +45,7 @@ class Tokenizer:
             )
         found = {token: i for token, i in ids.items() if i is not None}
         self.pad_id, self.bos_id, self.eos_id, self.task_id, self.robot_id, *_ = found.values()
-        self.mask_id = found.get(MASK_TOKEN)
+        self.mask_id, self.plan_id = found.get(MASK_TOKEN), found.get(PLAN_TOKEN)
         self.special_ids = frozenset(found.values())
         self._special_tokens = tuple(found)
         self.vocab_size = backend.get_vocab_size()
@@ -125,6 +129,19 @@ class Tokenizer:
         """`<|task|>` and the words of a robot task."""
         return [self.task_id, *self.encode(text)]
 
+    def encode_plan_task(self, text: str) -> list[int]:
+        """`<|plan|>` and the words of a task that is to be split into subtasks.
+
+        Raises:
+            InputError: the tokenizer was made before there was such a token.
+        """
+        if self.plan_id is None:
+            raise InputError(
+                f"The tokenizer lacks the special token {PLAN_TOKEN}: it can ask for no plans.",
+                remedy="Let `bitgen train` make a tokenizer, or add the token to it.",
+            )
+        return [self.plan_id, *self.encode(text)]
+
     def encode_robot(self, text: str) -> list[int]:
         """`<|robot|>` and the words of a robot's text."""
         return [self.robot_id, *self.encode(text)]
@@ -139,9 +156,43 @@ class Tokenizer:
         special = self.special_ids.union(i for i, token in added.items() if token.special)
         return sorted(set(self._backend.get_vocab(with_added_tokens=True).values()) - special)
 
+    def token_bytes(self) -> list[bytes | None]:
+        """The bytes that each id stands for, by id; None for special tokens and for no token.
+
+        The text of ids is these bytes, one after the other.
+
+        Raises:
+            InputError: the tokenizer is not byte-level.
+        """
+        if (json.loads(self.to_json())["decoder"] or {}).get("type") != "ByteLevel":
+            raise InputError(
+                "The tokenizer is not byte-level: what its tokens spell is not known.",
+                remedy="Take a byte-level one, such as `bitgen train` makes.",
+            )
+        byte_of = _bytes_of_characters()
+        found: list[bytes | None] = [None] * self.vocab_size
+        spelled = {i: token for token, i in self._backend.get_vocab(False).items()}
+        for i in self.ordinary_ids():
+            if i in spelled and i < len(found) and all(c in byte_of for c in spelled[i]):
+                found[i] = bytes(byte_of[c] for c in spelled[i])
+        return found
+
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """Each id's own text, spaces kept."""
         return [self._backend.decode([i], skip_special_tokens=False) for i in ids]
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for.
+
+    Printable bytes of Latin-1 stand for themselves, the others follow from U+0100 on (GPT-2).
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (byte for byte in range(256) if byte not in printable)
+    return {
+        **{chr(byte): byte for byte in printable},
+        **{chr(256 + number): byte for number, byte in enumerate(others)},
+    }
 
 
 def _normalise(text: str) -> str:

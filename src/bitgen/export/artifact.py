@@ -34,17 +34,22 @@ from bitgen.kernels.tiles import (
 )
 
 FORMAT = "bitgen"
-FORMAT_VERSION = 2
-"""Version 1 packed row by row; it is still read."""
+FORMAT_VERSION = 3
+"""Version 1 packed row by row; it is still read. A file without int8 convolutions is of version 2,
+which older readers read too."""
 
 PACKINGS = ("2", "1.6")
 """Bits of a ternary weight in the file."""
 EMBEDDINGS = ("float32", "int8")
 """How the file holds the embedding, which is also the lm head."""
+CONVOLUTIONS = ("float32", "int8")
+"""How the file holds the convolutions of the image encoder."""
 TILES, BASE3 = ".packed", ".packed_base3"
 """What the name of a ternary layer's weights ends in: at 2 bits a weight, at 1.6."""
 EMBEDDING = "text_decoder.embed_tokens"
 INT8_TILES = f"{EMBEDDING}.tiles"
+INT8_ROWS, ROW_SCALES = ".int8_rows", ".row_scales"
+"""What the names of an int8 convolution's weights and scales add to its own."""
 
 ALIGNMENT = 64
 """Packed weights begin at a multiple of so many bytes, in the file and in memory: one cache line,
@@ -117,6 +122,11 @@ class ArtifactHeader:
         """How the embedding is stored, one of `EMBEDDINGS`."""
         return "int8" if INT8_TILES in self.tensors else "float32"
 
+    @property
+    def int8_convolutions(self) -> tuple[str, ...]:
+        """Names in the model of the convolution weights that the file holds in int8."""
+        return tuple(n.removesuffix(INT8_ROWS) for n in self.tensors if n.endswith(INT8_ROWS))
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -128,9 +138,9 @@ class Artifact:
         catalog: its robots.
         tensors: every tensor under the name that it has in the model's state dict, not to be
             written to. They are views of the file, which stays mapped while one of them lives; only
-            what does not lie in the file as kernels read it (1.6 bits a weight, version 1, a file
-            written again by another program) is unpacked into memory. Packed weights are always
-            tiles (`bitgen.kernels.tiles`) that begin at a multiple of 64 bytes.
+            what does not lie in the file as kernels read it (1.6 bits a weight, int8 convolutions,
+            version 1, a file written again by another program) is unpacked into memory. Packed
+            weights are always tiles (`bitgen.kernels.tiles`) that begin at a multiple of 64 bytes.
     """
 
     header: ArtifactHeader
@@ -211,6 +221,9 @@ def open_artifact(path: Path | str) -> Artifact:
         elif name == "robot_selector.shared_bias":
             array = array.reshape(1)  # a scalar in the earliest files
         tensors[name] = array
+    for name in header.int8_convolutions:
+        rows_OIHW, scale_O = tensors.pop(name + INT8_ROWS), tensors.pop(name + ROW_SCALES)
+        tensors[name] = rows_OIHW.astype(np.float32) * scale_O[:, None, None, None]
     return Artifact(
         header,
         read_tokenizer(header.tokenizer_json, header.config, path),
@@ -430,6 +443,14 @@ def _check_packed(path: Path, header: ArtifactHeader) -> None:
             dtype, shape = _DTYPES["I8"], list(int8_tile_shape(rows, columns))
         if stored.dtype != dtype or list(stored.shape) != shape:
             raise _unfit(path, name, stored, f"{dtype} {shape}")
+    for name in header.int8_convolutions:
+        weight, scales = header.tensors[name + INT8_ROWS], header.tensors.get(name + ROW_SCALES)
+        if name in header.tensors or scales is None:
+            raise ModelFileError(f"{path} is damaged: what belongs to {name} does not fit.")
+        if weight.dtype != _DTYPES["I8"] or len(weight.shape) != 4:
+            raise _unfit(path, name + INT8_ROWS, weight, "int8 [O, I, H, W]")
+        if scales.dtype != _DTYPES["F32"] or scales.shape != weight.shape[:1]:
+            raise _unfit(path, name + ROW_SCALES, scales, f"float32 {list(weight.shape[:1])}")
     absent = sorted(header.matrices.keys() - packed)
     if absent:
         raise ModelFileError(

@@ -9,6 +9,7 @@ overwritten.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,7 +70,7 @@ def empty_model(config: BitGenConfig, packed: bool, embedding: str = "float32") 
         packed: whether ternary layers take packed weights.
         embedding: `float32`, or `int8` for an embedding and lm head in int8.
     """
-    # Some backbones of torchvision read their own weights while they are made.
+    # Some encoders of others read their own weights while they are made.
     with torch.device("meta" if config.image_encoder == "vit" else "cpu"):
         model = BitGenModel(config)
         if packed:
@@ -103,9 +104,16 @@ def assign_tensors(
             problems.append(f"{name} is {_kind(tensor)}, expected {_kind(expected[name])}")
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        remedy = "Config and weights come from different models, or the file was changed."
+        if model.config.encoder_config and all("image_encoder." in text for text in problems):
+            version = json.loads(model.config.encoder_config).get("transformers_version")
+            remedy = (
+                "This version of transformers has other names for this image encoder; the model"
+                f" was trained with version {version}."
+            )
         raise ModelFileError(
             f"{source}: the tensors do not fit the config ({'; '.join(problems[:3])}{more}).",
-            remedy="Config and weights come from different models, or the file was changed.",
+            remedy=remedy,
         )
     model.load_state_dict(dict(tensors), assign=True)
 
@@ -129,6 +137,7 @@ def describe_run(run: RunFiles) -> dict[str, Any]:
         "training_seconds": progress.get("seconds"),
         "training_loss": progress.get("loss"),
         "best_validation_loss": progress.get("best_loss"),
+        "robot_threshold": progress.get("robot_threshold"),
         "data": _without_folders(run.data),
         "training": _without_folders(run.training.to_dict()),
     }

@@ -60,11 +60,30 @@ class Caption:
 
 
 @dataclass(frozen=True)
+class Reason:
+    """A part of what was asked, and what it did to one robot's score."""
+
+    part: str
+    """`task`, `robot` (the robot's own text) or `picture`."""
+    weight: float
+    """By how much the robot's log odds fall if this is left out; below 0 it speaks against it."""
+    word: str | None = None
+    """The word that is left out; None for a piece of the picture."""
+    box: tuple[float, float, float, float] | None = None
+    """Left, top, right and bottom of a piece, 0 to 1 of the square that the model sees."""
+
+
+@dataclass(frozen=True)
 class RobotChoice:
-    """How well one robot suits a task: several may, or none."""
+    """How well one robot suits a task."""
 
     name: str
     probability: float
+    chosen: bool = False
+    """Whether it is sent: of at least the model's `robot_threshold`, or the likeliest where none
+    is."""
+    why: tuple[Reason, ...] | None = None
+    """What weighed most, of each part first what weighs most; None where it was not asked for."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 from bitgen.errors import InputError
 from bitgen.inference.answers import Generation
 from bitgen.inference.options import CaptionOptions, Vocabulary
+from bitgen.inference.planning import TextReader
 
 BACKENDS = ("auto", "native", "torch")
 
@@ -96,5 +97,18 @@ class Backend(Protocol):
             task_ids: `<task>` and the words of each task.
             pixels: uint8 `[3, S, S]` of each task's picture, or None.
             robots: the catalog.
+        """
+        ...
+
+    def read_text(
+        self, prompt_ids: Sequence[int], pixels: np.ndarray | None, room: int
+    ) -> TextReader:
+        """A reader behind a prompt, for texts whose tokens are chosen elsewhere.
+
+        Args:
+            prompt_ids: at least one token; they and the picture see each other, unless the model is
+                causal.
+            pixels: uint8 `[3, S, S]` of the picture before them, or None.
+            room: most tokens that are read behind the prompt.
         """
         ...

@@ -125,7 +125,7 @@ def why_not_native(config: BitGenConfig) -> str | None:
     if config.quantization != "ternary":
         return f"its linear weights are not ternary (quantization {config.quantization})"
     if config.image_encoder != "vit":
-        return f"its image encoder is torchvision's {config.image_encoder}"
+        return f"its image encoder is {config.image_encoder}"
     return None
 
 
@@ -499,8 +499,9 @@ class _EngineConfig(ctypes.Structure):
             for name in (
                 "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
                 "intermediate_size", "num_experts", "experts_per_token", "max_positions",
-                "attention_mode", "image_size", "patch_size", "encoder_hidden_size",
-                "encoder_layers", "encoder_heads", "encoder_intermediate_size", "num_robots",
+                "attention_mode", "image_size", "patch_size", "stem_residual_convolutions",
+                "encoder_hidden_size", "encoder_layers", "encoder_heads",
+                "encoder_intermediate_size", "num_robots",
             )
         ),
         ("rope_theta", ctypes.c_double),

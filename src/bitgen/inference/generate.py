@@ -66,7 +66,7 @@ def generate(
 
     Args:
         model: on any device; switched to evaluation mode while this runs.
-        images: normalised float `[B, 3, H, W]`, or None for text alone.
+        images: as in `BitGenModel.forward`, or None for text alone.
         prompt_ids: one list of token ids a row, at least one id each (`<bos>`).
         eos_id: the token that ends a row.
         max_tokens: most tokens generated a row, the end of text included.
@@ -138,7 +138,7 @@ def generate(
         # A recorded step has a cache of its own: the prompts' one needs no room for more.
         later_tokens = max_tokens - 1
         room = 0 if graphs is not None else later_tokens
-        read, cache = _read_prompts(model, images, prompt_ids, room, attention_window)
+        read, cache = read_prompts(model, images, prompt_ids, room, attention_window)
         if speculative:
             assert isinstance(cache, StaticCache)
             return _generate_speculatively(model, read, cache, never_V, eos_id, max_tokens)
@@ -179,7 +179,7 @@ def _never_mask(
     return never_V.to(next(model.parameters()).device)
 
 
-def _read_prompts(
+def read_prompts(
     model: BitGenModel,
     images: torch.Tensor | None,
     prompt_ids: Sequence[Sequence[int]],

@@ -400,37 +400,41 @@ def _printable(text: str) -> str:
 # Files ------------------------------------------------------------------------------------------
 
 
-def plan_folders(directory: Path, photographs: Sequence[Path]) -> list[Path]:
-    """A folder in `directory` for each photograph, named by its stem; `directory` is made.
+class FolderPlan:
+    """A folder for each photograph, named by its stem; those of the same stem are numbered: `cat`,
+    `cat_2`."""
 
-    Photographs of the same stem are numbered: `cat`, `cat_2`.
+    def __init__(self, directory: Path) -> None:
+        """Make `directory`, in which the folders are.
 
-    Raises:
-        InputError: a folder cannot be made or written to, or a file has its name.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"Heat maps cannot be written to {directory}: {error.strerror}.",
-            remedy="Name a folder, or one that can be made.",
-        ) from error
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise InputError(f"Heat maps cannot be written to {directory}: it may not be changed.")
-    folders = []
-    taken: set[str] = set()
-    seen: Counter[str] = Counter()
-    for photograph in photographs:
+        Raises:
+            InputError: it cannot be made or written to.
+        """
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"Heat maps cannot be written to {directory}: {error.strerror}.",
+                remedy="Name a folder, or one that can be made.",
+            ) from error
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise InputError(f"Heat maps cannot be written to {directory}: it may not be changed.")
+        self._directory = directory
+        self._taken: set[str] = set()
+        self._seen: Counter[str] = Counter()
+
+    def folder(self, photograph: Path) -> Path:
+        """The folder of the next photograph; it is not made. Raises InputError for a file there."""
         stem = safe_name(photograph.stem, "photo", _LONGEST_STEM)
         name = stem
-        while name.casefold() in taken:  # some file systems do not tell A from a
-            seen[stem] += 1
-            name = f"{stem}_{seen[stem] + 1}"
-        taken.add(name.casefold())
-        folders.append(directory / name)
-        if folders[-1].exists() and not folders[-1].is_dir():
-            raise InputError(f"Heat maps cannot be written to {folders[-1]}: it is a file.")
-    return folders
+        while name.casefold() in self._taken:  # some file systems do not tell A from a
+            self._seen[stem] += 1
+            name = f"{stem}_{self._seen[stem] + 1}"
+        self._taken.add(name.casefold())
+        folder = self._directory / name
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"Heat maps cannot be written to {folder}: it is a file.")
+        return folder
 
 
 def _strip_names(words: Sequence[str]) -> list[str]:

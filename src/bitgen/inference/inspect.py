@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bitgen.export.artifact import BASE3, TILES, read_header
+from bitgen.export.artifact import BASE3, INT8_TILES, TILES, read_header
 from bitgen.export.loaded import LoadedModel, load_run
 from bitgen.export.safetensors import load_artifact
 from bitgen.model.bitgen import BitGenModel
@@ -59,11 +59,13 @@ class ModelDescription:
     run, as an artifact has it by default, and so are all bytes and bits below."""
     embedding: str
     """The embedding and lm head in the artifact: `float32` or `int8`."""
+    convolutions: str
+    """The image encoder's convolutions in the artifact: `float32` or `int8`."""
     parts: tuple[PartDescription, ...]
     parameters: int
     ternary_parameters: int
     int8_parameters: int
-    """Of the embedding, if it is stored as int8."""
+    """Of embedding and convolutions, if they are stored as int8."""
     float_parameters: int
     bits_per_ternary_weight: float | None
     """As stored, scales included; None without ternary weights."""
@@ -86,7 +88,7 @@ class ModelDescription:
     """Feed-forward layers of a decoder layer; 1 is no mixture."""
     experts_per_token: int
     encoder_layers: int | None
-    """None for a torchvision backbone."""
+    """None for other encoders than vit."""
     hidden_size: int
     image_encoder: str
     image_size: int
@@ -126,6 +128,7 @@ def describe(path: Path | str) -> ModelDescription:
     """
     path = Path(path)
     loaded: LoadedModel
+    int8_convolutions: tuple[str, ...] = ()
     if path.is_dir():
         kind = "run" if (path / CONFIG_FILE).is_file() else "checkpoint"
         loaded = load_run(path)
@@ -137,8 +140,10 @@ def describe(path: Path | str) -> ModelDescription:
         kind, loaded = "artifact", load_artifact(path)
         bytes_on_disk, packing = path.stat().st_size, header.packing
         stored = {name: tensor.nbytes for name, tensor in header.tensors.items()}
+        int8_convolutions = header.int8_convolutions
     model, config, info = loaded.model, loaded.model.config, loaded.info
     weights = _weight_counts(model)
+    weights.update({name: ("int8", weights[name][1]) for name in int8_convolutions})
 
     parts = _describe_parts(weights, stored)
     ternary, int8, floats = (
@@ -157,7 +162,8 @@ def describe(path: Path | str) -> ModelDescription:
         model_size=config.model_size,
         quantization=config.quantization,
         packing=packing,
-        embedding="int8" if int8 else "float32",
+        embedding="int8" if INT8_TILES in stored else "float32",
+        convolutions="int8" if int8_convolutions else "float32",
         parts=parts,
         parameters=ternary + int8 + floats,
         ternary_parameters=ternary,
@@ -263,6 +269,6 @@ def _dtypes(
     counts: Counter[str] = Counter()
     for name, tensor in model.state_dict().items():
         kind, count = weights[name]
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        dtype = "int8" if kind == "int8" else str(tensor.dtype).removeprefix("torch.")
         counts[f"ternary ({packing} bits)" if kind == "ternary" else dtype] += count
     return dict(counts)

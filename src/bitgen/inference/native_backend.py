@@ -12,7 +12,7 @@ import itertools
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,13 @@ from bitgen.dataset.tokenizer import Tokenizer
 from bitgen.export.artifact import open_artifact
 from bitgen.inference.answers import Generation
 from bitgen.inference.backend import NativeUnavailable, Reply, Request, RobotTexts, TaskRequest
-from bitgen.inference.engine import Engine, GenerationOptions, Generator, why_not_native
+from bitgen.inference.engine import (
+    Engine,
+    GenerationOptions,
+    Generator,
+    TokenSequence,
+    why_not_native,
+)
 from bitgen.inference.options import CaptionOptions, Vocabulary
 from bitgen.kernels import library
 
@@ -143,6 +149,7 @@ class NativeBackend:
         self.num_image_tokens = self._engine.num_image_tokens
         self._robots: RobotTexts | None = None
         self._robots_RC = np.empty((0, config.hidden_size), np.float32)
+        self._last_picture: tuple[np.ndarray, np.ndarray] | None = None
 
     def replies(
         self,
@@ -199,11 +206,20 @@ class NativeBackend:
 
     def _rows(self, batch: Sequence[Request], task: TaskRequest | None) -> list[_Row]:
         """Read pictures and, with a task, rank the robots for it."""
-        image_BPC = self._engine.encode_images(np.stack([r.pixels_3SS for r in batch]))
+        image_BPC = self._encode([request.pixels_3SS for request in batch])
         robots: np.ndarray | list[None] = [None] * len(batch)
         if task is not None:
             robots = self._score([task.ids] * len(batch), list(image_BPC), task.robots)
         return list(map(_Row, batch, image_BPC, robots))
+
+    def _encode(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """Image tokens `[B, P, C]`. Those of a single picture are kept: the next question may be
+        about the same one, as in a conversation."""
+        if len(pixels) != 1:
+            return self._engine.encode_images(np.stack(pixels))
+        if self._last_picture is None or not np.array_equal(self._last_picture[0], pixels[0]):
+            self._last_picture = (pixels[0].copy(), self._engine.encode_images(pixels[0][None]))
+        return self._last_picture[1]
 
     def robot_probabilities(
         self,
@@ -213,9 +229,16 @@ class NativeBackend:
     ) -> np.ndarray:
         """See `Backend.robot_probabilities`: all tasks in one pass."""
         present = [picture for picture in pixels if picture is not None]
-        encoded = iter(self._engine.encode_images(np.stack(present)) if present else ())
+        encoded = iter(self._encode(present) if present else ())
         images = [None if picture is None else next(encoded) for picture in pixels]
         return self._score(task_ids, images, robots)
+
+    def read_text(
+        self, prompt_ids: Sequence[int], pixels: np.ndarray | None, room: int
+    ) -> NativeReader:
+        """See `Backend.read_text`."""
+        image_PC = None if pixels is None else self._engine.encode_images(pixels[None])[0]
+        return NativeReader(self._engine, self._engine.prompt(prompt_ids, image_PC), room)
 
     def _score(
         self,
@@ -244,3 +267,26 @@ class _Row:
 
     def reply(self) -> Reply:
         return Reply(self.generation, self.robots_R)
+
+
+class NativeReader:
+    """See `bitgen.inference.planning.TextReader`: one row, whose tokens lie in order of slots."""
+
+    def __init__(self, engine: Engine, prompt: TokenSequence, room: int) -> None:
+        self._engine = engine
+        self.length = len(prompt.ids)
+        self._slots = np.arange(self.length + room, dtype=np.int32)
+        self._cache = engine.new_cache(len(self._slots))
+        first = replace(prompt, slots=self._slots[: self.length])
+        engine.forward([first], self._cache, return_logits=False)
+
+    def read(self, ids: Sequence[int]) -> np.ndarray:
+        behind = self.length + len(ids)
+        row = TokenSequence(ids, past=self.length, slots=self._slots[:behind])
+        logits_1V = self._engine.forward([row], self._cache).logits
+        assert logits_1V is not None
+        self.length = behind
+        return logits_1V[0]
+
+    def rewind(self, length: int) -> None:
+        self.length = length

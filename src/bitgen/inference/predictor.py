@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bitgen.config import DEVICES, BitGenConfig
-from bitgen.dataset.robots import Robot, load_catalog
+from bitgen.dataset.plan_grammar import PlanFormat, PlanGrammar, PlanLimits
+from bitgen.dataset.plans import Subtask
+from bitgen.dataset.robots import Robot, chosen_robots, load_catalog
 from bitgen.dataset.tokenizer import Tokenizer
 from bitgen.errors import ImageError, InputError
 from bitgen.inference.answers import Answer, Caption, Generation, Picture, RobotChoice
@@ -44,7 +46,9 @@ from bitgen.inference.options import (
     check_threads,
     check_writes,
 )
-from bitgen.inference.pipeline import decoded_ahead
+from bitgen.inference.pipeline import decoded_ahead, picture_pixels
+from bitgen.inference.planning import PlanOptions, write_plan
+from bitgen.shipped import SHIPPED_MODEL, model_path
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +58,10 @@ if TYPE_CHECKING:
     from bitgen.model.bitgen import BitGenModel
 
 __all__ = ["Answer", "BitGen", "Caption", "CaptionOptions", "Picture", "RobotChoice"]
+
+
+DEFAULT_ROBOT_THRESHOLD = 0.5
+"""Of models that were not validated on robot tasks."""
 
 
 class BitGen:
@@ -97,6 +105,10 @@ class BitGen:
         self.info = info
         self.why_torch = why_torch
         self._catalog = list(catalog)
+        self._trained_robots = {robot.name for robot in catalog}
+        self._plan_format: PlanFormat | None = None
+        tuned = info.get("robot_threshold")
+        self._robot_threshold = DEFAULT_ROBOT_THRESHOLD if tuned is None else float(tuned)
         self._native = native
         self._torch = torch_backend
         self._open_torch = open_torch
@@ -104,7 +116,7 @@ class BitGen:
     @classmethod
     def load(
         cls,
-        path: str | Path,
+        path: str | Path = SHIPPED_MODEL,
         device: str = "auto",
         packed: bool = True,
         backend: str = "auto",
@@ -113,13 +125,14 @@ class BitGen:
         """Load a run's folder (its best checkpoint, else its last), a checkpoint's, or an artifact.
 
         Args:
-            path: the folder, or the file that `bitgen export` wrote.
+            path: the folder, or the file that `bitgen export` wrote; `shipped`, the default, is the
+                model that ships with BitGen.
             device: `auto`, `cpu`, `cuda` or `mps`.
             packed: run on 2-bit weights; False keeps a run's layers as in training. Both give the
                 same numbers.
             backend: `native` runs on the CPU without PyTorch; `torch` is PyTorch; `auto` takes the
                 native engine where it can run the model, and PyTorch for the rest: a GPU, full
-                precision, image encoders of torchvision, and single requests such as an attention
+                precision, other image encoders than vit, and single requests such as an attention
                 window or `BitGen.model`.
             threads: processor threads; None takes one a core. They are the process's: a model that
                 is loaded later with another number changes it for all.
@@ -138,14 +151,13 @@ class BitGen:
                 f"There is no backend {backend!r}.", remedy=f"Backends: {', '.join(BACKENDS)}."
             )
         check_threads(threads)
+        source = model_path(path)
         why_torch = None
         if backend != "torch":
             from bitgen.inference.native_backend import open_native
 
             try:
-                found = open_native(
-                    Path(path), device, packed, threads, asked_for=backend == "native"
-                )
+                found = open_native(source, device, packed, threads, asked_for=backend == "native")
             except NativeUnavailable as error:
                 if backend == "native":
                     raise
@@ -160,10 +172,10 @@ class BitGen:
                     native=found.backend,
                     open_torch=None
                     if backend == "native"
-                    else lambda: _open_torch(path, "cpu", packed, threads)[0],
+                    else lambda: _open_torch(source, "cpu", packed, threads)[0],
                 )
                 return self
-        torch_backend, loaded = _open_torch(path, device, packed, threads)
+        torch_backend, loaded = _open_torch(source, device, packed, threads)
         self = cls.__new__(cls)
         self._start(
             loaded.model.config,
@@ -198,6 +210,22 @@ class BitGen:
     def catalog(self) -> list[Robot]:
         """The robots that `select_robots` chooses from."""
         return list(self._catalog)
+
+    @property
+    def robot_threshold(self) -> float:
+        """Probability from which a robot is chosen; the validation of its training found it.
+
+        It may be set, from 0 (all robots are chosen) to 1. Raises InputError for other values.
+        """
+        return self._robot_threshold
+
+    @robot_threshold.setter
+    def robot_threshold(self, threshold: float) -> None:
+        if not 0 <= threshold <= 1:
+            raise InputError(
+                f"The robot threshold is a probability, from 0 to 1; got {threshold:g}."
+            )
+        self._robot_threshold = float(threshold)
 
     def set_catalog(self, catalog: Sequence[Robot] | str | Path) -> None:
         """Choose from other robots from now on, given as a list or as a catalog's JSON file."""
@@ -359,7 +387,7 @@ class BitGen:
                     yield Answer(
                         picture,
                         self._caption(ids, reply.generation),
-                        _ranked(task, reply.robot_probabilities_R),
+                        self._ranked(task, reply.robot_probabilities_R),
                         pixels_3SS=pixels,
                     )
                 yield from _unreadable(waiting)
@@ -421,8 +449,156 @@ class BitGen:
                     has_pictures=any(picture is not None for picture in batch),
                 )
                 probabilities_BR = backend.robot_probabilities(task_ids, pixels, texts)
-                ranked += [_choices(texts, probability_R) for probability_R in probabilities_BR]
+                ranked += [self._choices(texts, row_R) for row_R in probabilities_BR]
         return ranked
+
+    @property
+    def writes_plans(self) -> bool:
+        """Whether the model was trained on plans."""
+        return bool(self._plans_trained_on("train_plans"))
+
+    def _plans_trained_on(self, count: str) -> int:
+        data = self.info.get("data")
+        return int(data.get(count) or 0) if isinstance(data, dict) else 0
+
+    def plan(
+        self,
+        task: str,
+        image: Picture | None = None,
+        catalog: Sequence[Robot] | str | Path | None = None,
+        options: PlanOptions | None = None,
+    ) -> list[Subtask]:
+        """Split a task into subtasks, by order, each with a robot of the catalog.
+
+        Args:
+            task: what is to be done, in words.
+            image: what the camera sees, where there is one. The decoder sees it if plans with
+                pictures were trained on; the robot selector sees it in any case.
+            catalog: robots to choose from in this call; None takes the model's catalog.
+            options: how the plan is written.
+
+        Raises:
+            InputError: a model that was not trained on plans, or whose attention is bidirectional;
+                an empty or too long task; or no robots to choose from.
+            ImageError: a file that is not a picture.
+        """
+        check_writes(self.config)
+        if not self.writes_plans:
+            raise InputError(
+                "This model was not trained on plans.",
+                remedy="Train one with `bitgen train --plan_data FILE`; --task alone ranks robots.",
+            )
+        if not task.strip():
+            raise InputError("The task is empty.", remedy="Say what is to be done.")
+        options = options or PlanOptions()
+        robots = self._robots(catalog)
+        pixels = None if image is None else picture_pixels(image, self.config)
+        by_selector = options.robots_by == "selector" or (
+            options.robots_by == "auto"
+            and bool(self.config.robot_names)
+            and not self._trained_robots.issuperset(robot.name for robot in robots)
+        )
+        if by_selector and not self.config.robot_names:
+            raise InputError(
+                "This model's robot selector was not trained: it cannot choose robots for a plan.",
+                remedy="Let the decoder choose them, or train with --robot_data too.",
+            )
+        backend = self._backend_for(CaptionOptions())
+        seen = pixels if self._plans_trained_on("train_plans_with_image") else None
+        prompt_ids = self.tokenizer.encode_plan_task(task)
+        image_tokens = 0 if seen is None else backend.num_image_tokens
+        used = image_tokens + len(prompt_ids)
+        check_text_lengths([len(prompt_ids)], "task", image_tokens, self.config.max_positions)
+        max_tokens = min(options.max_tokens, self.config.max_positions - used)
+        self._plan_format = self._plan_format or PlanFormat(self.tokenizer)
+        limits = PlanLimits(options.max_subtasks, options.max_subtask_tokens, max(1, max_tokens))
+        grammar = PlanGrammar(self._plan_format, [robot.name for robot in robots], limits)
+        texts = self._texts(robots) if by_selector else None
+
+        def robot_scores(words: str) -> np.ndarray:
+            assert texts is not None
+            task_ids = self._task_ids([words], has_pictures=pixels is not None)
+            with np.errstate(divide="ignore"):
+                scores_R: np.ndarray = np.log(
+                    backend.robot_probabilities(task_ids, [pixels], texts)[0]
+                )
+            return scores_R
+
+        reader = backend.read_text(prompt_ids, seen, limits.max_tokens)
+        return write_plan(reader, grammar, options, robot_scores if by_selector else None).subtasks
+
+    def explain_robots(
+        self,
+        choices: Sequence[RobotChoice],
+        task: str,
+        image: Picture | np.ndarray | None = None,
+        catalog: Sequence[Robot] | str | Path | None = None,
+        batch_size: int = 16,
+    ) -> list[RobotChoice]:
+        """The same choices with their `why`: words and pieces of the picture that weighed most.
+
+        Each part is left out in turn and the model asked again; see `bitgen.inference.explain`.
+
+        Args:
+            choices: of `select_robots` or of an `Answer`.
+            task: the task that they were chosen for.
+            image: the picture that they were chosen for, or `Answer.pixels_3SS`.
+            catalog: the robots that they were chosen from; None takes the model's catalog.
+            batch_size: questions at a time.
+
+        Raises:
+            InputError: as `select_robots`.
+            ImageError: a file that is not a picture.
+        """
+        from bitgen.inference.explain import explain
+
+        check_batch_size(batch_size)
+        robots = self._robots(catalog)
+        texts = self._texts(robots)
+        backend = self._backend_for(CaptionOptions())
+        pixels_3SS = image
+        if image is not None and not isinstance(image, np.ndarray):
+            with contextlib.closing(decoded_ahead([image], self.config, 1)) as decoded:
+                pixels_3SS = _next_pixels(decoded)
+        assert pixels_3SS is None or isinstance(pixels_3SS, np.ndarray)
+        (whole_ids,) = self._task_ids([task], has_pictures=pixels_3SS is not None)
+
+        def score_tasks(tasks: Sequence[str], pixels: Sequence[np.ndarray | None]) -> np.ndarray:
+            ids = [self.tokenizer.encode_task(words) for words in tasks]
+            return np.concatenate(
+                [
+                    backend.robot_probabilities(
+                        ids[start : start + batch_size], pixels[start : start + batch_size], texts
+                    )
+                    for start in range(0, len(ids), batch_size)
+                ]
+            )
+
+        def score_texts(names: Sequence[str], words: Sequence[str]) -> np.ndarray:
+            ids = tuple(tuple(self.tokenizer.encode_robot(text)) for text in words)
+            return np.concatenate(
+                [
+                    backend.robot_probabilities(
+                        [whole_ids],
+                        [pixels_3SS],
+                        RobotTexts(
+                            tuple(names[start : start + batch_size]),
+                            ids[start : start + batch_size],
+                        ),
+                    )[0]
+                    for start in range(0, len(ids), batch_size)
+                ]
+            )
+
+        return explain(
+            choices,
+            texts.names,
+            [robot.text() for robot in robots],
+            task,
+            pixels_3SS,
+            score_tasks,
+            score_texts,
+        )
 
     def _task_ids(self, tasks: Sequence[str], has_pictures: bool) -> list[list[int]]:
         for task in tasks:
@@ -448,6 +624,20 @@ class BitGen:
         lengths = [len(row) for row in ids]
         check_text_lengths(lengths, "text of a robot", 0, self.config.max_positions)
         return RobotTexts(tuple(robot.name for robot in robots), ids)
+
+    def _ranked(
+        self, task: TaskRequest | None, probabilities_R: np.ndarray | None
+    ) -> list[RobotChoice] | None:
+        if task is None or probabilities_R is None:
+            return None
+        return self._choices(task.robots, probabilities_R)
+
+    def _choices(self, robots: RobotTexts, probabilities_R: np.ndarray) -> list[RobotChoice]:
+        """The robots with their probabilities, the likeliest first."""
+        probabilities = probabilities_R.tolist()
+        chosen = chosen_robots(probabilities, self._robot_threshold)
+        choices = map(RobotChoice, robots.names, probabilities, chosen)
+        return sorted(choices, key=lambda choice: -choice.probability)
 
     def _backend_for(self, options: CaptionOptions) -> Backend:
         """The native engine, unless there is none or it cannot do this."""
@@ -477,7 +667,7 @@ class BitGen:
 
 
 def _open_torch(
-    path: str | Path, device: str, packed: bool, threads: int | None
+    path: Path, device: str, packed: bool, threads: int | None
 ) -> tuple[TorchBackend, LoadedModel]:
     """Load a model's files into PyTorch."""
     import torch
@@ -490,7 +680,7 @@ def _open_torch(
     resolved = resolve_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    if Path(path).is_dir():
+    if path.is_dir():
         loaded = load_run(path, packed=packed)
     else:
         loaded = load_artifact(path)
@@ -515,20 +705,6 @@ def _next_pixels(decoded: Iterator[tuple[Picture, np.ndarray | ImageError]]) -> 
     if isinstance(pixels, ImageError):
         raise pixels
     return pixels
-
-
-def _ranked(
-    task: TaskRequest | None, probabilities_R: np.ndarray | None
-) -> list[RobotChoice] | None:
-    if task is None or probabilities_R is None:
-        return None
-    return _choices(task.robots, probabilities_R)
-
-
-def _choices(robots: RobotTexts, probabilities_R: np.ndarray) -> list[RobotChoice]:
-    """The robots with their probabilities, the likeliest first."""
-    choices = map(RobotChoice, robots.names, probabilities_R.tolist())
-    return sorted(choices, key=lambda choice: -choice.probability)
 
 
 def _read_catalog(catalog: Sequence[Robot] | str | Path) -> list[Robot]:

@@ -12,9 +12,6 @@ from bitgen.dataset.robots import RobotTask
 from bitgen.dataset.scenes import judge_caption
 from bitgen.inference.predictor import BitGen
 
-CHOSEN_FROM = 0.5
-"""A robot of at least this probability is chosen."""
-
 
 @dataclass(frozen=True)
 class CaptionScores:
@@ -49,7 +46,7 @@ def score_robots(model: BitGen, tasks: Sequence[RobotTask]) -> float:
         [task.task for task in tasks], [task.image for task in tasks]
     )
     exact = [
-        {choice.name for choice in choices if choice.probability >= CHOSEN_FROM} == set(task.robots)
+        {choice.name for choice in choices if choice.chosen} == set(task.robots)
         for choices, task in zip(ranked, tasks, strict=True)
     ]
     return sum(exact) / len(exact)

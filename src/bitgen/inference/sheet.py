@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +9,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from bitgen.errors import DiskFullError, ImageError, InputError
+from bitgen.errors import ImageError, InputError
+from bitgen.files import write_whole
 
 MARGIN = 16
 LINE_HEIGHT = 18
@@ -20,7 +18,6 @@ PAPER = (255, 255, 255)
 FIRST_INK = (24, 28, 34)
 OTHER_INK = (92, 100, 112)
 _FRAME = (216, 220, 226)
-_DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
@@ -151,24 +148,5 @@ def save_png(
 
     Raises DiskFullError if the disk is full, InputError if it cannot be written for other reasons.
     """
-    temporary: Path | None = None
-    try:
-        output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            prefix=f".{output.name}.", suffix=".png", dir=output.absolute().parent
-        )
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG", optimize=optimize, pnginfo=info)
-        temporary.chmod(0o644)
-        os.replace(temporary, output)
-    except OSError as error:
-        if error.errno in _DISK_FULL:
-            raise DiskFullError(
-                f"The disk is full: the {what} could not be written to {output}.",
-                remedy="Make room, or choose another folder.",
-            ) from error
-        raise InputError(f"The {what} cannot be written to {output}: {error}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+    with write_whole(output, what) as file:
+        image.save(file, format="PNG", optimize=optimize, pnginfo=info)

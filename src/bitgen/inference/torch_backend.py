@@ -13,9 +13,10 @@ from bitgen.dataset.images import normalize_images
 from bitgen.inference.answers import Generation
 from bitgen.inference.backend import Reply, Request, RobotTexts, TaskRequest
 from bitgen.inference.decoding import DecodingGraphs
-from bitgen.inference.generate import generate
+from bitgen.inference.generate import generate, read_prompts
 from bitgen.inference.options import CaptionOptions, Vocabulary
 from bitgen.model.bitgen import BitGenModel
+from bitgen.model.cache import StaticCache
 
 
 class TorchBackend:
@@ -117,6 +118,16 @@ class TorchBackend:
         probability_BR: np.ndarray = output.robot_logits.sigmoid().cpu().numpy()
         return probability_BR
 
+    @torch.inference_mode()
+    def read_text(
+        self, prompt_ids: Sequence[int], pixels: np.ndarray | None, room: int
+    ) -> TorchReader:
+        """See `Backend.read_text`."""
+        images = None if pixels is None else self._images([pixels])
+        _, cache = read_prompts(self.model, images, [prompt_ids], room, attention_window=0)
+        assert isinstance(cache, StaticCache)
+        return TorchReader(self.model, cache)
+
     def _images(self, pixels: Sequence[np.ndarray | None]) -> torch.Tensor:
         """Normalised pictures, float32 `[B, 3, S, S]`; one that is None is empty."""
         config = self.model.config
@@ -127,3 +138,24 @@ class TorchBackend:
                 pixels_B3SS[row] = picture
         images = torch.from_numpy(pixels_B3SS).to(self.device)
         return normalize_images(images, config.image_mean, config.image_std)
+
+
+class TorchReader:
+    """See `bitgen.inference.planning.TextReader`: one row, with its cache."""
+
+    def __init__(self, model: BitGenModel, cache: StaticCache) -> None:
+        self._model, self._cache = model, cache
+
+    @property
+    def length(self) -> int:
+        return self._cache.length
+
+    @torch.inference_mode()
+    def read(self, ids: Sequence[int]) -> np.ndarray:
+        input_ids_1L = torch.tensor([list(ids)], device=next(self._model.parameters()).device)
+        output = self._model(input_ids_1L, attention_cache=self._cache)
+        logits_V: np.ndarray = output.logits[0, -1].float().cpu().numpy()
+        return logits_V
+
+    def rewind(self, length: int) -> None:
+        self._cache.rewind([length])

@@ -79,6 +79,9 @@ def int8_matmul(x_MK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
 
 def _takes_int8(x_MK: torch.Tensor) -> bool:
     # Every torch that compiles layers has the int8 product; a graph cannot ask by trying.
-    return x_MK.device.type == "cpu" and (
-        _is_compiling() or bool(x_MK.numel() and _int8_matmul_works())
+    # Of one column torch 2.14 reads the transposed weights wrongly.
+    return (
+        x_MK.device.type == "cpu"
+        and x_MK.shape[-1] > 1
+        and (_is_compiling() or bool(x_MK.numel() and _int8_matmul_works()))
     )

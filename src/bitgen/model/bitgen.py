@@ -23,10 +23,11 @@ from bitgen.config import BitGenConfig
 from bitgen.errors import ConfigError, ModelFileError
 from bitgen.model.cache import AttentionCache, CacheShape, SlidingWindowCache, StaticCache
 from bitgen.model.compilation import require_compiler
+from bitgen.model.encoders import make_image_encoder, with_versions
 from bitgen.model.experts import Routing
 from bitgen.model.fixed_cache import FixedCache
 from bitgen.model.future_tokens import FutureTokenHeads
-from bitgen.model.image_encoder import make_image_encoder
+from bitgen.model.image_encoder import GhostBatchNorm
 from bitgen.model.layers import TransformerLayer
 from bitgen.model.masks import AttentionMask, token_positions
 from bitgen.model.projector import Projector
@@ -107,11 +108,14 @@ class BitGenModel(nn.Module):
 
         Args:
             input_ids: int64 `[B, L]`.
-            images: float `[B, 3, H, W]`, normalised; their P tokens stand before the text.
+            images: float `[B, 3, H, W]`, normalised; their P tokens stand before the text. Or
+                features of pictures, `[B, P, E]`, as `encode_features` gives them: of a frozen
+                encoder they are the same in every call.
             attention_mask: `[B, L]`, `[B, 1, L]` or `[B, 1, 1, L]` (1 = token), a 4-D mask over
                 text or over image and text, or an `AttentionMask` over all S positions; None = all
                 are tokens. With a cache an `AttentionMask` states the rules of the whole sequence,
-                and is given at every step.
+                and is given at every step. One that was placed by `at_positions` says where tokens
+                stand: several continuations of one prefix then share one row.
             return_robot_selection: score the robots of `set_robots`.
             attention_cache: from `new_cache` or `new_sliding_window_cache`; later calls then give
                 new tokens only.
@@ -203,13 +207,15 @@ class BitGenModel(nn.Module):
     ) -> tuple[AttentionMask, torch.Tensor]:
         """The mask over all keys of this call, and rotary positions int64 `[B or 1, S]`."""
         past = 0 if cache is None else cache.length
-        if past + length > self.config.max_positions and not isinstance(cache, SlidingWindowCache):
+        placed_BS = mask.query_positions
+        last = past + length if placed_BS is None else int(placed_BS.max()) + 1
+        if last > self.config.max_positions and not isinstance(cache, SlidingWindowCache):
             raise ValueError(
-                f"The sequence has {past + length} positions; this model was made for"
+                f"The sequence has {last} positions; this model was made for"
                 f" {self.config.max_positions} (max_positions)."
             )
         if cache is None:
-            return mask, _rotary_positions(valid_BS, length)
+            return mask, _rotary_positions(valid_BS, length) if placed_BS is None else placed_BS
         if self.config.attention_mode == "bidirectional":
             raise ValueError(
                 "attention_mode is bidirectional: a later token changes every earlier state,"
@@ -217,49 +223,78 @@ class BitGenModel(nn.Module):
             )
         return cache.begin_step(mask, batch, length)
 
-    def encode_images(self, images_B3HW: torch.Tensor) -> torch.Tensor:
-        """Image tokens `[B, P, C]` of normalised pictures `[B, 3, H, W]`.
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Image tokens `[B, P, C]` of normalised pictures `[B, 3, H, W]`, or of their features.
 
         Raises:
             ValueError: pictures of another shape than the config's.
         """
-        return self._encode(images_B3HW, return_weights=False)[0]
+        return self._encode(images, return_weights=False)[0]
+
+    def encode_features(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        """What the image encoder says of normalised pictures `[B, 3, H, W]`: `[B, P, E]`.
+
+        Raises:
+            ValueError: pictures of another shape than the config's.
+        """
+        self._check_images(images_B3HW)
+        return self.image_encoder(images_B3HW)[0]
 
     def _encode(
-        self, images_B3HW: torch.Tensor, return_weights: bool
+        self, visual: torch.Tensor, return_weights: bool
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Image tokens, and each encoder layer's attention weights if asked for."""
+        """Image tokens of pictures `[B, 3, H, W]`, with each encoder layer's attention weights if
+        asked for; or of their features `[B, P, E]`."""
+        if visual.dim() == 3:
+            expected = (self.num_image_tokens, self.image_encoder.output_width)
+            if visual.shape[1:] != expected:
+                raise ValueError(
+                    f"Expected image features [B, {expected[0]}, {expected[1]}], got"
+                    f" {tuple(visual.shape)}."
+                )
+            # Cached in half precision; computed in the precision that the encoder would give.
+            return self.projector(visual.to(self.text_decoder.norm.weight.dtype)), ()
+        self._check_images(visual)
+        features_BPE, weights = self.image_encoder(visual, return_weights=return_weights)
+        return self.projector(features_BPE), weights
+
+    def _check_images(self, images_B3HW: torch.Tensor) -> None:
         size = self.config.image_size
         if images_B3HW.dim() != 4 or images_B3HW.shape[1:] != (3, size, size):
             raise ValueError(
                 f"Expected images [B, 3, {size}, {size}], got {tuple(images_B3HW.shape)}."
             )
-        features_BPE, weights = self.image_encoder(images_B3HW, return_weights=return_weights)
-        return self.projector(features_BPE), weights
 
-    def image_words(self, images_B3HW: torch.Tensor) -> torch.Tensor:
-        """Which words the pictures `[B, 3, H, W]` alone foretell: scores `[B, V]`."""
-        return self._words_of(self.encode_images(images_B3HW))
+    def image_words(self, images: torch.Tensor) -> torch.Tensor:
+        """Which words pictures `[B, 3, H, W]`, or features of them `[B, P, E]`, alone foretell:
+        scores `[B, V]`.
+
+        Of the encoder `vit` the pictures may have any size that is a multiple of the patch size.
+        """
+        if images.dim() == 3:
+            return self._words_of(self.encode_images(images))
+        features_BPE, _ = self.image_encoder(images)
+        return self._words_of(self.projector(features_BPE))
 
     def _words_of(self, image_BPC: torch.Tensor) -> torch.Tensor:
         return self.text_decoder.lm_head(self.text_decoder.norm(image_BPC.mean(dim=1)))
 
     def _encode_present(
-        self, images_B3HW: torch.Tensor, valid_BS: torch.Tensor | None, return_weights: bool
+        self, visual: torch.Tensor, valid_BS: torch.Tensor | None, return_weights: bool
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
         """Image tokens `[B, P, C]`; a row whose image tokens are padding is not encoded.
 
         So a blank picture has no part in the statistics that training normalises by.
         """
         if valid_BS is None or bool(valid_BS[:, 0].all()):
-            tokens_BPC, weights = self._encode(images_B3HW, return_weights)
+            tokens_BPC, weights = self._encode(visual, return_weights)
             return tokens_BPC, weights if return_weights else None
-        batch, device = len(images_B3HW), images_B3HW.device
+        batch, device = len(visual), visual.device
         rows = valid_BS[:, 0].nonzero().squeeze(1).to(device)
         shape = (batch, self.num_image_tokens, self.config.hidden_size)
         if not len(rows):
-            return images_B3HW.new_zeros(shape), () if return_weights else None
-        encoded, weights = self._encode(images_B3HW.index_select(0, rows), return_weights)
+            return visual.new_zeros(shape), () if return_weights else None
+        encoded, weights = self._encode(visual.index_select(0, rows), return_weights)
         tokens_BPC = encoded.new_zeros(shape).index_copy(0, rows, encoded)
         if not return_weights:
             return tokens_BPC, None
@@ -451,11 +486,17 @@ class BitGenModel(nn.Module):
         """In training, recompute each decoder and vit layer in the backward pass, or not.
 
         Only the layers' inputs are then kept, for one more forward pass (arXiv 1604.06174). The
-        numbers are the same, dropout included. Backbones of torchvision keep all they compute.
+        numbers are the same, dropout included. Encoders of others keep all they compute.
         """
         for module in self.modules():
             if isinstance(module, TransformerLayer):
                 module.is_recomputed = enabled
+
+    def set_norm_batch(self, num_pictures: int) -> None:
+        """In training, how many pictures the stem of vit takes means and variances of together."""
+        for module in self.modules():
+            if isinstance(module, GhostBatchNorm):
+                module.group_size = num_pictures
 
     def compile_layers(self) -> None:
         """Have training run every transformer layer, of text and picture, compiled.
@@ -478,10 +519,13 @@ class BitGenModel(nn.Module):
         super().train(mode)
         return self
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """As `nn.Module.load_state_dict`; robot states of earlier weights are forgotten."""
         self._encoded_robots_RC = None
-        return super().load_state_dict(*args, **kwargs)
+        state = with_versions(self, state_dict)
+        return super().load_state_dict(state, strict=strict, assign=assign)
 
     def _full_mask(
         self,

@@ -83,7 +83,8 @@ class AttentionCache(ABC):
 
         Args:
             mask: the rules of the whole sequence. Its padding covers the new columns, or all so
-                far; without padding all new columns are tokens.
+                far; without padding all new columns are tokens. A static cache also takes one that
+                `at_positions` has placed for the new columns and all columns so far.
             batch_size: rows of the step.
             num_new: columns of the step.
 
@@ -209,6 +210,12 @@ class StaticCache(AttentionCache):
                 f" {num_new} more do not fit. Allocate a longer one."
             )
         device = self._valid_BK.device
+        placed_BS = mask.query_positions
+        if placed_BS is not None and self._lengths is None:
+            # The caller knows where tokens stand, and which columns are padding.
+            for layer in self.layers:
+                layer.start, layer.columns_BS = start, None
+            return mask, placed_BS.to(device)
         self._has_padding = self._has_padding or valid_BS is not None
         if self._lengths is not None:
             return self._place_by_row(self._lengths, mask, valid_BS, num_new)

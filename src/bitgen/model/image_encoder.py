@@ -1,45 +1,48 @@
 """Image encoders: pictures `[B, 3, H, W]` to a grid of features `[B, P, C]`.
 
-vit:        conv stem (/4, float) -> 4x4 patches -> ternary linear -> + position -> n x layer
-torchvision: the backbone up to its last grid of features, under torchvision's weight names
+convolution stem (float) -> a patch each -> ternary linear -> + position -> n x layer
+
+Here is what all encoders have, and ours; those of others are named in `bitgen.model.encoders`.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import math
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from bitgen.config import BitGenConfig
-from bitgen.errors import ConfigError, ModelFileError
 from bitgen.model.layers import TransformerLayer, run_layers
 from bitgen.model.masks import AttentionMask
 from bitgen.model.norm import RMSNorm
 from bitgen.model.ternary import make_linear
 
 _FIRST_STEM_WIDTH, _LAST_STEM_WIDTH = 32, 256
-_GHOST_BATCH = 4
 _SMALLEST_MOMENTUM = 0.01
 _VARIANCE_FLOOR = 1e-3  # a channel that hardly varies would amplify rounding
 
 
 class GhostBatchNorm(nn.Module):
-    """Batch normalisation over fixed groups of four rows (arXiv 1705.08741).
+    """Batch normalisation over fixed groups of rows (arXiv 1705.08741).
 
-    Training from scratch, it learns shapes sooner than normalising each picture alone does
-    (docs/training.md has the figures). Because groups are fixed, gradients accumulated over small
-    batches equal those of a large one as long as the batch size is a multiple of four.
+    Training from scratch, it learns shapes sooner than normalising each picture alone does, and the
+    sooner, the larger its groups (docs/training.md has the figures). Because groups are fixed,
+    gradients accumulated over small batches equal those of a large one as long as the batch size is
+    a multiple of the group's.
+
+    Attributes:
+        group_size: rows whose means and variances are taken together in training.
     """
 
     running_mean: torch.Tensor
     running_var: torch.Tensor
     num_groups: torch.Tensor
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, group_size: int = 4) -> None:
         super().__init__()
+        self.group_size = group_size
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
         self.register_buffer("running_mean", torch.zeros(width))
@@ -52,7 +55,7 @@ class GhostBatchNorm(nn.Module):
             return F.batch_norm(x_BCHW, *statistics, eps=_VARIANCE_FLOOR)
         normalised = []
         seen = int(self.num_groups)
-        for group in x_BCHW.split(_GHOST_BATCH):
+        for group in x_BCHW.split(self.group_size):
             seen += 1
             momentum = max(1 / seen, _SMALLEST_MOMENTUM)  # a plain mean at first
             normalised.append(F.batch_norm(group, *statistics, True, momentum, eps=_VARIANCE_FLOOR))
@@ -66,23 +69,32 @@ class ConvolutionStem(nn.Module):
     Early convolutions make a vision transformer easier to train from scratch (arXiv 2106.14881).
     """
 
-    def __init__(self, patch_size: int) -> None:
+    def __init__(self, patch_size: int, num_residual: int) -> None:
         super().__init__()
         num_halvings = patch_size.bit_length() - 1
         widths = [min(_FIRST_STEM_WIDTH << i, _LAST_STEM_WIDTH) for i in range(num_halvings)]
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(before, width, kernel_size=3, stride=2, padding=1, bias=False)
-            for before, width in zip([3, *widths], widths, strict=False)
-        )
-        self.norms = nn.ModuleList(GhostBatchNorm(width) for width in widths)
+        convolutions, before = [], 3
+        for halving, width in enumerate(widths):
+            convolutions.append(_convolution(before, width, stride=2))
+            # Not behind the first: at half the picture's side they would cost most and say least.
+            for _ in range(num_residual if halving else 0):
+                convolutions.append(_convolution(width, width, stride=1))
+            before = width
+        self.convolutions = nn.ModuleList(convolutions)
+        self.norms = nn.ModuleList(GhostBatchNorm(c.out_channels) for c in convolutions)
         self.output_width = widths[-1]
 
     def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         # Channels last is the layout that convolutions and patches are read in.
         x = images_B3HW.contiguous(memory_format=torch.channels_last)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-            x = torch.relu(norm(convolution(x)))
+            y = torch.relu(norm(convolution(x)))
+            x = x + y if convolution.stride == (1, 1) else y
         return x
+
+
+def _convolution(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
 
 
 class ImageEncoder(nn.Module):
@@ -116,7 +128,7 @@ class VisionTransformer(ImageEncoder):
     def __init__(self, config: BitGenConfig) -> None:
         super().__init__(config)
         width, eps = config.encoder_hidden_size, config.rms_norm_eps
-        self.stem = ConvolutionStem(config.patch_size)
+        self.stem = ConvolutionStem(config.patch_size, config.stem_residual_convolutions)
         self.patch_norm = RMSNorm(self.stem.output_width, eps)
         self.patch_embedding = make_linear(self.stem.output_width, width, config.quantization)
         self.num_tokens = (config.image_size // config.patch_size) ** 2
@@ -144,154 +156,23 @@ class VisionTransformer(ImageEncoder):
         return_weights: bool = False,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Features; `mask` says which patch may see which (None = all see all)."""
-        patches_BPE = self.stem(images_B3HW).flatten(2).transpose(1, 2)
-        x_BPC = self.patch_embedding(self.patch_norm(patches_BPE)) + self.position_embedding
+        grid_BEHW = self.stem(images_B3HW)
+        patches_BPE = grid_BEHW.flatten(2).transpose(1, 2)
+        positions_1PC = self._positions(*grid_BEHW.shape[2:])
+        x_BPC = self.patch_embedding(self.patch_norm(patches_BPE)) + positions_1PC
         mask = mask or AttentionMask.bidirectional()
         features_BPE, weights, _ = run_layers(
             self.layers, x_BPC, mask, return_weights=return_weights
         )
         return features_BPE, weights
 
-
-class TorchvisionBackbone(ImageEncoder):
-    """A torchvision classifier cut where it last gives a grid of features.
-
-    `backbone` keeps torchvision's own parameter names, so that its published weights load by name.
-    """
-
-    def __init__(self, config: BitGenConfig) -> None:
-        super().__init__(config)
-        from torchvision import models
-
-        name = config.image_encoder
-        if name not in models.list_models(module=models):
-            raise ConfigError(
-                f"There is no image encoder {name!r}.",
-                remedy="Take vit, or a torchvision classifier such as mobilenet_v3_small,"
-                " efficientnet_b0, resnet50, convnext_tiny or vit_b_16.",
-            )
-        options = {"image_size": config.image_size} if name.startswith("vit_") else {}
-        self.backbone = models.get_model(name, weights=None, **options)
-        for head in ("fc", "classifier", "head", "heads"):
-            if hasattr(self.backbone, head):
-                setattr(self.backbone, head, nn.Identity())
-        self.eval()
-        with torch.no_grad():
-            probe_BPC, _ = self(torch.zeros(1, 3, config.image_size, config.image_size))
-        self.train()
-        self.num_tokens, self.output_width = probe_BPC.shape[1], probe_BPC.shape[2]
-
-    def forward(
-        self,
-        images_B3HW: torch.Tensor,
-        mask: AttentionMask | None = None,
-        return_weights: bool = False,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Features, and no weights: torchvision's layers do not show theirs.
-
-        Raises:
-            ValueError: a mask, which torchvision's layers do not take.
-        """
-        if mask is not None:
-            raise ValueError(f"{type(self.backbone).__name__} takes no attention mask.")
-        return self._grid(images_B3HW), ()
-
-    def _grid(self, images_B3HW: torch.Tensor) -> torch.Tensor:
-        net: Any = self.backbone
-        if hasattr(net, "encoder") and hasattr(net, "class_token"):
-            tokens = net._process_input(images_B3HW)
-            class_token = net.class_token.expand(tokens.shape[0], -1, -1)
-            encoded: torch.Tensor = net.encoder(torch.cat([class_token, tokens], dim=1))
-            return encoded[:, 1:]
-        if hasattr(net, "layer4"):
-            x = net.maxpool(net.relu(net.bn1(net.conv1(images_B3HW))))
-            grid = net.layer4(net.layer3(net.layer2(net.layer1(x))))
-        elif hasattr(net, "trunk_output"):
-            grid = net.trunk_output(net.stem(images_B3HW))
-        elif hasattr(net, "features"):
-            grid = net.features(images_B3HW)
-            if hasattr(net, "permute"):  # Swin keeps its channels last
-                grid = grid.permute(0, 3, 1, 2)
-        else:
-            raise ConfigError(
-                f"{type(net).__name__} gives no grid of features.",
-                remedy="Take a backbone such as mobilenet_v3_small, resnet50 or vit_b_16.",
-            )
-        return grid.flatten(2).transpose(1, 2)
-
-
-def make_image_encoder(config: BitGenConfig) -> ImageEncoder:
-    """The encoder that `config.image_encoder` names, with random weights.
-
-    Raises:
-        ConfigError: neither `vit` nor a torchvision backbone that gives a grid of features.
-    """
-    encoder: ImageEncoder
-    if config.image_encoder == "vit":
-        encoder = VisionTransformer(config)
-    else:
-        encoder = TorchvisionBackbone(config)
-    if config.freeze_encoder:
-        encoder.requires_grad_(False)
-    return encoder
-
-
-def load_encoder_weights(encoder: ImageEncoder, name: str, weights: str) -> None:
-    """Load published weights into an encoder.
-
-    Args:
-        encoder: what `make_image_encoder` gave.
-        name: the encoder's name in the config.
-        weights: a local file (safetensors, or a state dict saved by torch), or one of torchvision's
-            own weight names such as `DEFAULT` or `IMAGENET1K_V1`, which torchvision downloads.
-
-    Raises:
-        ModelFileError: the file is missing, damaged, or holds other names or shapes.
-        ConfigError: torchvision knows no such weights.
-    """
-    path = Path(weights)
-    if path.exists():
-        state = _read_state_dict(path)
-    elif isinstance(encoder, TorchvisionBackbone):
-        from torchvision import models
-
-        try:
-            member = models.get_model_weights(name)[weights]
-        except (KeyError, ValueError) as error:
-            known = ", ".join(entry.name for entry in models.get_model_weights(name))
-            raise ConfigError(
-                f"{weights!r} is neither a file nor weights that torchvision has for {name}.",
-                remedy=f"Give a file, or one of: DEFAULT, {known}.",
-            ) from error
-        state = member.get_state_dict(progress=False)
-    else:
-        raise ModelFileError(f"There is no encoder weights file {weights}.")
-    target: nn.Module = encoder.backbone if isinstance(encoder, TorchvisionBackbone) else encoder
-    expected = target.state_dict()
-    missing = sorted(set(expected) - set(state))
-    mismatched = sorted(k for k in expected if k in state and state[k].shape != expected[k].shape)
-    if missing or mismatched:
-        first = (missing or mismatched)[0]
-        raise ModelFileError(
-            f"{weights} does not fit the image encoder {name}: {len(missing)} of {len(expected)}"
-            f" tensors are missing and {len(mismatched)} have another shape (first: {first}).",
-            remedy="Give weights of the same architecture and image size.",
+    def _positions(self, height: int, width: int) -> torch.Tensor:
+        """Position embedding `[1, P, C]` of a grid; resampled if it is not the config's."""
+        side = math.isqrt(self.num_tokens)
+        if (height, width) == (side, side):
+            return self.position_embedding
+        grid_1CHW = self.position_embedding.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        resampled_1CHW = F.interpolate(
+            grid_1CHW, (height, width), mode="bilinear", align_corners=False, antialias=True
         )
-    target.load_state_dict({key: state[key] for key in expected})
-
-
-def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each reader has its own exception for a damaged file
-        raise ModelFileError(
-            f"{path} is not a weights file that can be read ({type(error).__name__}).",
-            remedy="Give a safetensors file, or a plain state dict saved by torch.save.",
-        ) from error
-    if not isinstance(state, dict):
-        raise ModelFileError(f"{path} holds a {type(state).__name__}, not a state dict.")
-    return state
+        return resampled_1CHW.flatten(2).transpose(1, 2)

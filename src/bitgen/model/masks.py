@@ -302,7 +302,17 @@ class AttentionMask:
     @property
     def known_padding(self) -> torch.Tensor | None:
         """Bool `[B, K]`, False where padding stands; None where it is known that there is none."""
+        if self.positions is not None:
+            key_BK = self.positions[1]
+            return (
+                None if key_BK.device.type == "cpu" and bool((key_BK >= 0).all()) else key_BK >= 0
+            )
         return self.valid_BK if self.has_padding else None
+
+    @property
+    def query_positions(self) -> torch.Tensor | None:
+        """Int64 `[B or 1, Q]`, 0 for padding, where `at_positions` has placed the queries."""
+        return None if self.positions is None else self.positions[0].clamp(min=0)
 
     def at_offset(self, query_offset: int) -> AttentionMask:
         """The same mask for queries that begin at key column `query_offset`."""

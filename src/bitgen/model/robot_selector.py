@@ -6,12 +6,16 @@ pooled robot state RC -> norm -> robot_proj -> r RC ---+-> q . r / sqrt(C) + bia
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from bitgen.config import BitGenConfig
 from bitgen.model.norm import RMSNorm
 from bitgen.model.ternary import make_linear
+
+_LEAST_SHARE = 0.02  # what a few tasks can say at most
 
 
 class RobotSelector(nn.Module):
@@ -24,9 +28,32 @@ class RobotSelector(nn.Module):
         self.robot_norm = RMSNorm(width, config.rms_norm_eps)
         self.task_proj = make_linear(width, width, config.quantization)
         self.robot_proj = make_linear(width, width, config.quantization)
+        # Alike at the start: robots whose texts say what the task says then score higher, those
+        # too that are never trained on.
+        self.robot_proj.load_state_dict(self.task_proj.state_dict())
         self.shared_bias = nn.Parameter(torch.zeros(1))  # a vector: FSDP2 cuts no scalars
         self.robot_names = config.robot_names
         self.robot_bias = nn.Parameter(torch.zeros(len(config.robot_names)))
+
+    @torch.no_grad()
+    def start_from_shares(self, shares_R: Sequence[float], robots_RC: torch.Tensor) -> None:
+        """Before training, guess each robot of the config about as often as it suits.
+
+        Pooled states have much in common before they have learnt anything, so that any two texts
+        score high; what other robots score for a robot's own text is taken off.
+
+        Args:
+            shares_R: of the tasks, 0 to 1, in the order of the config's robots.
+            robots_RC: pooled states of their texts.
+        """
+        shares = torch.tensor(list(shares_R)).clamp(_LEAST_SHARE, 1 - _LEAST_SHARE)
+        self.shared_bias.zero_()
+        self.robot_bias.zero_()
+        scores_RR = self(robots_RC, robots_RC, self.robot_names)
+        others_RR = ~torch.eye(len(scores_RR), dtype=torch.bool, device=scores_RR.device)
+        if len(scores_RR) > 1:
+            self.shared_bias.fill_(-scores_RR[others_RR].mean())
+        self.robot_bias.copy_(torch.logit(shares))
 
     def forward(
         self, task_BC: torch.Tensor, robots_RC: torch.Tensor, names: tuple[str, ...]

@@ -12,7 +12,6 @@ reading a run from a stranger runs no code.
 
 from __future__ import annotations
 
-import errno
 import glob
 import json
 import math
@@ -36,6 +35,7 @@ from bitgen.errors import (
     ModelFileError,
     OutputExistsError,
 )
+from bitgen.files import DISK_FULL
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -50,8 +50,7 @@ STATE_FILE = "state.json"
 _STEP_PREFIX = "step_"
 _TEMPORARY = ".tmp-"
 # How runs were trained that were written before there was this setting.
-_BEFORE = {"schedule": "cosine"}
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+_BEFORE = {"schedule": "cosine", "task_word_dropout": 0.0, "robot_phrase_dropout": 0.0}
 
 
 @dataclass(frozen=True)
@@ -268,9 +267,9 @@ def name_full_disk(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         # safetensors keeps the system's error only as text.
         full = (
-            error.errno in _FULL_DISK
+            error.errno in DISK_FULL
             if isinstance(error, OSError)
-            else any(f"(os error {code})" in str(error) for code in _FULL_DISK)
+            else any(f"(os error {code})" in str(error) for code in DISK_FULL)
         )
         if not full:
             raise
@@ -472,6 +471,17 @@ def load_model_tensors(
 
 def latest_run(runs_dir: Path | str) -> Path:
     """The run under `runs_dir` that saved a checkpoint last. Raises ModelFileError if none."""
+    found = find_latest_run(runs_dir)
+    if found is None:
+        raise ModelFileError(
+            f"There is no trained run in {runs_dir}.",
+            remedy="Train one with `bitgen train`, or name a model with --model.",
+        )
+    return found
+
+
+def find_latest_run(runs_dir: Path | str) -> Path | None:
+    """The run under `runs_dir` that saved a checkpoint last; None if no run did."""
     runs_dir = Path(runs_dir)
     found: list[tuple[int, Path]] = []
     for run_dir in sorted(runs_dir.iterdir()) if runs_dir.is_dir() else []:
@@ -480,12 +490,7 @@ def latest_run(runs_dir: Path | str) -> Path:
         checkpoint = _choose_checkpoint(run_dir / CHECKPOINTS_FOLDER, "last")
         if checkpoint is not None:
             found.append(((checkpoint / STATE_FILE).stat().st_mtime_ns, run_dir))
-    if not found:
-        raise ModelFileError(
-            f"There is no trained run in {runs_dir}.",
-            remedy="Train one with `bitgen train`, or name a model with --model.",
-        )
-    return max(found)[1]
+    return max(found)[1] if found else None
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -69,6 +69,17 @@ def draw_curves(metrics_path: Path, output_png: Path) -> None:
 def _draw_loss(axes: Any, metrics: _Metrics) -> None:
     _line(axes, _points(metrics, "train", "loss"), "training", _TRAIN_COLOUR, smooth=True)
     _line(axes, _points(metrics, "validation", "loss"), "validation", _VALIDATION_COLOUR)
+    plans = _points(metrics, "validation", "plan_loss")
+    if plans:
+        _line(axes, plans, "validation, plans", _SHARE_COLOUR)
+    _legend(axes)
+
+
+def _draw_cider(axes: Any, metrics: _Metrics) -> None:
+    reward = _points(metrics, "train", "reward")
+    _line(axes, reward, "of drawn captions, training", _TRAIN_COLOUR, smooth=True)
+    points = _points(metrics, "validation", "cider")
+    _line(axes, points, "of greedy captions, validation", _VALIDATION_COLOUR)
     _legend(axes)
 
 
@@ -162,7 +173,8 @@ class _Panel:
 
 
 _PANELS = (
-    _Panel("Caption loss", "nats per token", _draw_loss, ("loss",)),
+    _Panel("Caption loss", "nats per token", _draw_loss, ("loss", "plan_loss")),
+    _Panel("CIDEr-D", "CIDEr-D", _draw_cider, ("reward", "cider")),
     _Panel(
         "Robot selection", "loss, nats per robot", _draw_robots, ("robot_loss", "robot_exact_match")
     ),

@@ -6,6 +6,7 @@ import gc
 import math
 import mmap
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -17,11 +18,14 @@ import safetensors.torch
 import torch
 
 from bitgen.config import BitGenConfig, TrainingConfig
+from bitgen.dataset.features import caches_features
 from bitgen.dataset.images import ImageCache, default_cache_dir
+from bitgen.dataset.plan_grammar import PlanFormat
 from bitgen.dataset.tokenizer import Tokenizer
 from bitgen.errors import InputError
 from bitgen.model.bitgen import BitGenModel
 from bitgen.model.device import resolve_device
+from bitgen.model.encoders import make_image_encoder
 from bitgen.model.ternary import TernaryLinear
 from bitgen.training.allocator import keep_freed_memory
 from bitgen.training.amp import resolve_precision
@@ -29,6 +33,7 @@ from bitgen.training.rehearsal import (
     BatchShape,
     Rehearsal,
     batch_tensors,
+    empty_pictures,
     make_batch,
     model_of_shapes,
     rehearse_without_memory,
@@ -38,6 +43,8 @@ from bitgen.training.setup import (
     SetupObserver,
     TrainingData,
     make_datasets,
+    picture_variants,
+    read_encoder,
     read_sources,
 )
 
@@ -48,6 +55,7 @@ batches and precisions: the mean, 1.42, of six cases of benchmarks/training_memo
 nano, tiny, small; ternary or not; bf16 or fp32) with glibc 2.36."""
 
 _TIMED_UPDATES = 2
+_TIMED_PICTURES = 8
 _PAGE_COUNTS, _MEMORY_INFO = Path("/proc/self/statm"), Path("/proc/meminfo")
 
 
@@ -160,7 +168,9 @@ def estimate_memory(
 
 def _data_bytes(config: BitGenConfig, training: TrainingConfig, shape: BatchShape) -> int:
     """Batches on the host: those of one update, and two that each worker holds ready."""
-    row = sum(tensor.nbytes for tensor in batch_tensors(make_batch(config, replace(shape, rows=1))))
+    pictures = empty_pictures(model_of_shapes(config), training, rows=1)
+    batch = make_batch(config, replace(shape, rows=1), pictures)
+    row = sum(tensor.nbytes for tensor in batch_tensors(batch))
     return row * shape.rows * (training.grad_accumulation + 2 * training.num_workers)
 
 
@@ -180,6 +190,7 @@ def _resident_with_libraries(
         intermediate_size=64,
         vocab_size=512,
         image_encoder="vit",
+        encoder_config="",
         image_size=4 * config.patch_size,
         encoder_layers=1,
         encoder_hidden_size=16 * config.encoder_heads,
@@ -239,6 +250,8 @@ def time_update(config: BitGenConfig, training: TrainingConfig, shape: BatchShap
     torch.manual_seed(training.seed)
     model = BitGenModel(config).to(device)
     batch = make_batch(config, shape)
+    if caches_features(config, training):
+        batch = make_batch(config, shape, empty_pictures(model, training, shape.rows).normal_())
     rehearsal = Rehearsal(model, training, batch, shape.robot_length, device, dtype)
     rehearsal.update()
     _wait_for(device)
@@ -249,6 +262,25 @@ def time_update(config: BitGenConfig, training: TrainingConfig, shape: BatchShap
     return (time.perf_counter() - started) / _TIMED_UPDATES
 
 
+def time_features(config: BitGenConfig, training: TrainingConfig) -> float:
+    """Seconds that the image encoder takes a picture, without gradients: the better of two batches.
+
+    Raises:
+        ConfigError: a device that this machine does not have.
+    """
+    device = resolve_device(training.device)
+    encoder = make_image_encoder(config).to(device).eval()
+    images = torch.zeros(_TIMED_PICTURES, 3, config.image_size, config.image_size, device=device)
+    seconds = math.inf
+    for _ in range(2):
+        started = time.perf_counter()
+        with torch.inference_mode():
+            encoder(images)
+        _wait_for(device)
+        seconds = min(seconds, time.perf_counter() - started)
+    return seconds / _TIMED_PICTURES
+
+
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -257,6 +289,23 @@ def _wait_for(device: torch.device) -> None:
 
 
 # All of it --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FeatureEstimate:
+    """What features of a frozen image encoder take, which are computed once.
+
+    Attributes:
+        rows: pictures, each varied version of one counted by itself.
+        bytes: on disk.
+        free_bytes: on the disk of the cache.
+        seconds: computing all of them, without decoding; None where it was not measured.
+    """
+
+    rows: int
+    bytes: int
+    free_bytes: int
+    seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -281,6 +330,7 @@ class TrainingEstimate:
         seconds_per_epoch: by that.
         seconds_in_total: by that; validations and loading are not counted.
         why_not_timed: why time was not measured; None where it was.
+        features: of a frozen image encoder; None where none are cached.
     """
 
     model_size: str
@@ -300,14 +350,17 @@ class TrainingEstimate:
     seconds_per_epoch: float | None
     seconds_in_total: float | None
     why_not_timed: str | None
+    features: FeatureEstimate | None
 
 
 def estimate_training(
     sources: DataSources,
-    model_size: str = "tiny",
+    model_size: str | None = None,
     model_changes: Mapping[str, Any] | None = None,
     training: TrainingConfig | None = None,
     observer: SetupObserver | None = None,
+    encoder_weights: str | None = None,
+    cache_dir: Path | None = None,
 ) -> TrainingEstimate:
     """Read the data's captions and tasks (no picture), and say what training on them will take.
 
@@ -324,6 +377,9 @@ def estimate_training(
     observer = observer or SetupObserver()
     device = resolve_device(training.device)
     dtype = resolve_precision(training.precision, device)
+    model_changes, _ = read_encoder(
+        model_size, model_changes, encoder_weights, observer, sources.initial_model
+    )
     config, data, tokenizer = read_sources(sources, model_size, model_changes, training, observer)
     tokenizer = tokenizer or Tokenizer.train(data.texts(), config.vocab_size)
     cache = ImageCache(default_cache_dir(), config.image_size, config.image_resize)
@@ -361,6 +417,28 @@ def estimate_training(
         seconds_per_epoch=None if seconds is None else seconds * updates,
         seconds_in_total=None if seconds is None else seconds * total,
         why_not_timed=why_not,
+        features=_estimate_features(data, model, training, cache_dir, is_timed=bool(fits)),
+    )
+
+
+def _estimate_features(
+    data: TrainingData,
+    model: BitGenModel,
+    training: TrainingConfig,
+    cache_dir: Path | None,
+    is_timed: bool,
+) -> FeatureEstimate | None:
+    if not caches_features(model.config, training):
+        return None
+    rows = sum(map(len, picture_variants(data, training).values()))
+    folder = cache_dir or default_cache_dir()
+    while not folder.is_dir():
+        folder = folder.parent
+    return FeatureEstimate(
+        rows=rows,
+        bytes=rows * empty_pictures(model, training, rows=1).nbytes,
+        free_bytes=shutil.disk_usage(folder).free,
+        seconds=rows * time_features(model.config, training) if is_timed else None,
     )
 
 
@@ -368,6 +446,16 @@ def largest_batch(data: TrainingData, tokenizer: Tokenizer, training: TrainingCo
     """A full batch that holds the longest text, with a picture in every row."""
     limit = training.max_caption_tokens
     longest = max((len(tokenizer.encode_task(task.task)) for task in data.train_tasks), default=1)
+    if data.train_plans:
+        plan_format = PlanFormat(tokenizer)
+        longest = max(
+            longest,
+            *(
+                len(tokenizer.encode_plan_task(plan.task))
+                + len(plan_format.encode(plan.subtasks, training.max_plan_tokens)[0])
+                for plan in data.train_plans
+            ),
+        )
     captions = {caption for image in data.train_images for caption in image.captions}
     for caption in sorted(captions, key=len, reverse=True):
         if longest > min(limit, len(caption.encode())) + 2:

@@ -35,6 +35,7 @@ class StepReport:
     loss: float | None  # caption loss per valid token of the whole update
     robot_loss: float | None  # per robot label
     image_word_loss: float | None  # per picture
+    reward: float | None  # mean CIDEr-D of the captions that self_critical drew, 0 to 10
     other_losses: Mapping[str, float]  # by name, where the model or the training has more
     expert_load: list[list[float]] | None  # of each layer, the experts' shares of the choices
     grad_norm: float  # before clipping
@@ -72,8 +73,11 @@ class ValidationReport:
     step: int
     epoch: int
     loss: float | None  # caption loss per valid token, without label smoothing
+    plan_loss: float | None  # the same of plans, over the tokens that the grammar leaves open
     robot_loss: float | None
     robot_exact_match: float | None  # share of tasks with every robot judged right, 0 to 1
+    robot_threshold: float | None  # at this probability, the best for these tasks
+    cider: float | None  # CIDEr-D of greedy captions, where the best is chosen by it
     is_best: bool
     seconds: float
 
@@ -91,7 +95,10 @@ class TrainingSummary:
     loss: float | None  # of the last update that had captions
     validation: ValidationReport | None  # the last one of this process
     best_step: int | None
-    best_loss: float | None  # caption loss + robot_loss_weight x robot loss, at `best_step`
+    best_loss: float | None
+    """At `best_step`: loss + robot_loss_weight x robot loss; without captions, plan_loss for loss.
+    """
+    best_cider: float | None  # at `best_step`, where it was chosen by it
     skipped_steps: int
     seconds: float  # spent in updates, also before a resume
     wall_seconds: float  # since this process began to train, validation and saving counted

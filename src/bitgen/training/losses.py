@@ -8,6 +8,7 @@ that accumulation and padding never change what a token weighs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,11 @@ import torch
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from bitgen.dataset.robots import RobotTask
     from bitgen.model.experts import Routing
 
 IGNORE_INDEX = -100
+ROBOT_THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
+"""Probabilities from which a robot may be chosen, 0.05 to 0.95: validation takes the best."""
 
 
 def caption_targets(labels_BL: torch.Tensor, ahead: int = 1) -> torch.Tensor:
@@ -118,27 +120,46 @@ def future_token_loss(
     return loss, valid.sum()
 
 
+def self_critical_loss(
+    logits_BLV: torch.Tensor,
+    sources_M: torch.Tensor,
+    targets_M: torch.Tensor,
+    advantages_M: torch.Tensor,
+    is_reference_M: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`-advantage * log p` of drawn captions, and the cross-entropy of reference captions.
+
+    The gradient of the first one is that of minus the expected reward (REINFORCE; arXiv 1612.00563,
+    equation 7). Both are sums over tokens; the first one's is divided by the number of captions.
+
+    Args:
+        logits_BLV: scores, any float dtype; summed in float32.
+        sources_M: int64, columns of the flattened `[B * L]` that predict a token.
+        targets_M: int64, that token.
+        advantages_M: float32, of the caption that it is of.
+        is_reference_M: bool, tokens of references.
+
+    Returns:
+        float32 scalars: of drawn captions, of references.
+    """
+    logits_MV = logits_BLV.flatten(0, 1)[sources_M].float()
+    losses_M = functional.cross_entropy(logits_MV, targets_M, reduction="none")
+    drawn = (losses_M * advantages_M).masked_fill(is_reference_M, 0.0).sum()
+    return drawn, losses_M[is_reference_M].sum()
+
+
 def robot_loss(
-    robot_logits_BR: torch.Tensor,
-    robot_labels_BR: torch.Tensor,
-    positive_weight_R: torch.Tensor | None = None,
+    robot_logits_BR: torch.Tensor, robot_labels_BR: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Binary cross-entropy of each robot by itself, in nats: (sum, count of labels).
 
     Args:
         robot_logits_BR: scores before the sigmoid, any float dtype; summed in float32.
         robot_labels_BR: 1 suits, 0 does not, NaN has no label and no loss.
-        positive_weight_R: weight of the labels that are 1, against rare robots being ignored.
     """
     labelled = ~robot_labels_BR.isnan()
-    weight = None
-    if positive_weight_R is not None:
-        weight = positive_weight_R.float().expand_as(robot_labels_BR)[labelled]
     loss = functional.binary_cross_entropy_with_logits(
-        robot_logits_BR[labelled].float(),
-        robot_labels_BR[labelled].float(),
-        pos_weight=weight,
-        reduction="sum",
+        robot_logits_BR[labelled].float(), robot_labels_BR[labelled].float(), reduction="sum"
     )
     return loss, labelled.sum()
 
@@ -146,11 +167,43 @@ def robot_loss(
 def count_exact_matches(
     robot_logits_BR: torch.Tensor, robot_labels_BR: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows whose robots are all judged right at probability 0.5, rows with a label)."""
-    labelled = ~robot_labels_BR.isnan()
-    right = ((robot_logits_BR > 0) == (robot_labels_BR > 0.5)) | ~labelled
-    rows = labelled.any(dim=1)
-    return (right.all(dim=1) & rows).sum(), rows.sum()
+    """Rows whose robots are all judged right, int64 `[T]`, and rows with a label, a scalar.
+
+    Robots are chosen as `bitgen.dataset.robots.chosen_robots` says, at each of the T
+    `ROBOT_THRESHOLDS`; robots without a label are neither chosen nor judged.
+    """
+    labelled_BR = ~robot_labels_BR.isnan()
+    rows_B = labelled_BR.any(dim=1)
+    scores_BR = robot_logits_BR.float().sigmoid().masked_fill(~labelled_BR, -1.0)
+    likeliest_BR = functional.one_hot(scores_BR.argmax(dim=1), scores_BR.shape[1]).bool()
+    suits_BR = robot_labels_BR > 0.5
+    matches = []
+    for threshold in ROBOT_THRESHOLDS:
+        chosen_BR = scores_BR >= threshold
+        chosen_BR = chosen_BR | (likeliest_BR & ~chosen_BR.any(dim=1, keepdim=True))
+        right_BR = (chosen_BR == suits_BR) | ~labelled_BR
+        matches.append((right_BR.all(dim=1) & rows_B).sum())
+    return torch.stack(matches), rows_B.sum()
+
+
+def best_robot_threshold(matches_T: Sequence[float], num_tasks: float) -> tuple[float, float]:
+    """The one of `ROBOT_THRESHOLDS` to choose robots by, and how many exact matches it has.
+
+    It is one half, unless another one matches more by the standard error of the matches: few tasks
+    say little, and one half is where probabilities are calibrated. A threshold is judged together
+    with its two neighbours, and of those that are as good the one next to one half is taken.
+    """
+    padded = [matches_T[0], *matches_T, matches_T[-1]]
+    smooth_T = [sum(padded[index : index + 3]) / 3 for index in range(len(matches_T))]
+    half = ROBOT_THRESHOLDS.index(0.5)
+    best = max(
+        range(len(matches_T)),
+        key=lambda index: (smooth_T[index], -abs(ROBOT_THRESHOLDS[index] - 0.5)),
+    )
+    share = matches_T[half] / num_tasks
+    if smooth_T[best] - smooth_T[half] <= math.sqrt(num_tasks * share * (1 - share)):
+        best = half
+    return ROBOT_THRESHOLDS[best], matches_T[best]
 
 
 def count_image_words(word_weights_BW: torch.Tensor) -> int:
@@ -227,18 +280,3 @@ def expert_load(chosen_NE: torch.Tensor) -> list[list[float]]:
         chosen_NE / chosen_NE.sum(dim=1, keepdim=True).clamp(min=1)
     ).tolist()
     return shares
-
-
-def robot_positive_weight(
-    tasks: Sequence[RobotTask], names: Sequence[str], cap: float = 10.0
-) -> torch.Tensor:
-    """Tasks without a robot over tasks with it, float32 [R], held in [1 / cap, cap].
-
-    A robot that no task names gets 1.
-    """
-    weights = []
-    for name in names:
-        positive = sum(name in task.robots for task in tasks)
-        ratio = (len(tasks) - positive) / positive if positive else 1.0
-        weights.append(min(cap, max(1.0 / cap, ratio)))
-    return torch.tensor(weights, dtype=torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from bitgen.training.distributed import cut_like, whole
 
 _BETAS = (0.9, 0.95)
 _PREFIX = "optimizer."
+_ENCODER = "image_encoder."
 
 
 def decayed_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -44,22 +46,43 @@ def decayed_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def make_optimizer(
-    model: nn.Module, learning_rate: float, weight_decay: float
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    encoder_learning_rate: float | None = None,
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters, in one fused kernel where torch has it.
 
     Betas (0.9, 0.95) are those of the BitNet b1.58 recipe (arXiv 2402.17764, training tips).
+
+    Args:
+        model: whose parameters are updated.
+        learning_rate: of all of them.
+        weight_decay: of those that decay.
+        encoder_learning_rate: of the image encoder; None: that of the rest. Schedules scale both
+            alike.
     """
+    factor = 1.0 if encoder_learning_rate is None else encoder_learning_rate / learning_rate
     decayed = decayed_parameters(model)
-    others = [
-        parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and name not in decayed
-    ]
-    groups = [
-        {"params": list(decayed.values()), "weight_decay": weight_decay, "decays": True},
-        {"params": others, "weight_decay": 0.0, "decays": False},
-    ]
+    groups: list[dict[str, Any]] = []
+    for rate_factor in dict.fromkeys((1.0, factor)):
+        for decays in (True, False):
+            parameters = [
+                parameter
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad
+                and (name in decayed) is decays
+                and (factor if name.startswith(_ENCODER) else 1.0) == rate_factor
+            ]
+            groups.append(
+                {
+                    "params": parameters,
+                    "lr": rate_factor * learning_rate,
+                    "weight_decay": weight_decay if decays else 0.0,
+                    "decays": decays,
+                    "rate_factor": rate_factor,
+                }
+            )
     groups = [group for group in groups if group["params"]]
     try:
         # AdamW writes `fused` into the groups it is given, also when it then refuses them.
@@ -70,9 +93,12 @@ def make_optimizer(
 
 
 def set_rates(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float) -> None:
-    """The learning rate of all parameters, and the weight decay of those that decay."""
+    """The learning rate of all parameters, and the weight decay of those that decay.
+
+    An image encoder with a rate of its own gets the same share of `learning_rate` as at the start.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = group["rate_factor"] * learning_rate
         if group["decays"]:
             group["weight_decay"] = weight_decay
 

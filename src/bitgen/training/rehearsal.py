@@ -14,17 +14,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitgen.config import BitGenConfig, TrainingConfig
 from bitgen.dataset.collate import IGNORED_LABEL, LENGTH_STEP, Batch
+from bitgen.dataset.features import FEATURE_DTYPE, caches_features
 from bitgen.model.bitgen import BitGenModel
 from bitgen.training.allocator import LARGEST_IN_HEAP
 from bitgen.training.gradients import GradientBuffers
 from bitgen.training.objective import Objective
 from bitgen.training.optimizer import make_optimizer
+from bitgen.training.self_critical import SampledCaptions, lay_out
 from bitgen.training.weight_statistics import TernaryStatistics
 
 
@@ -139,11 +142,12 @@ def _as_numbers(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | N
 
 
 def make_batch(
-    config: BitGenConfig, shape: BatchShape, images_B3HW: torch.Tensor | None = None
+    config: BitGenConfig, shape: BatchShape, pictures: torch.Tensor | None = None
 ) -> Batch:
     """A batch of that shape, of random numbers; each row has a picture, a caption and robots.
 
-    `images_B3HW`, uint8, stands for the pictures if it is given.
+    `pictures`, uint8 `[B, 3, H, W]`, or features of pictures, `[B, P, E]`, stand for the pictures
+    if they are given.
     """
     generator = torch.Generator().manual_seed(0)
     rows, robots = shape.rows, shape.num_robots
@@ -159,25 +163,52 @@ def make_batch(
     labels_BL[:, 0] = IGNORED_LABEL
     if config.attention_mode == "bidirectional":
         labels_BL.fill_(IGNORED_LABEL)
-    if images_B3HW is None:
+    if pictures is None:
         pixels = picture_shape(config, rows)
-        images_B3HW = torch.randint(256, pixels, generator=generator, dtype=torch.uint8)
+        pictures = torch.randint(256, pixels, generator=generator, dtype=torch.uint8)
     return Batch(
         input_ids=input_ids_BL,
         attention_mask=mask_BL,
         labels=labels_BL,
         prefix_lengths=torch.ones(rows, dtype=torch.long),
-        images=images_B3HW,
+        images=pictures if pictures.dim() == 4 else None,
+        image_features=pictures if pictures.dim() == 3 else None,
         image_mask=torch.ones(rows, dtype=torch.bool),
         robot_labels=torch.randint(2, (rows, robots), generator=generator).float(),
         word_ids=tokens(shape.num_words),
         word_weights=torch.full((rows, shape.num_words), 1 / max(1, shape.num_words)),
+        is_plan=torch.zeros(rows, dtype=torch.bool),
+        pictures=torch.arange(rows),
+    )
+
+
+def make_captions(batch: Batch, training: TrainingConfig) -> SampledCaptions | None:
+    """What self-critical training would draw for a batch of `make_batch`: its own captions."""
+    if training.objective != "self_critical":
+        return None
+    rows, num_captions = len(batch.input_ids), training.num_sampled_captions
+    return lay_out(
+        batch,
+        torch.ones(rows, dtype=torch.bool),
+        [[row[1:].tolist()] * num_captions for row in batch.input_ids],
+        np.random.default_rng(0).random((rows, num_captions)),
+        with_references=training.cross_entropy_weight > 0,
+        bos_id=0,
+        pad_id=0,
     )
 
 
 def picture_shape(config: BitGenConfig, rows: int) -> tuple[int, int, int, int]:
     """Of a batch's pictures, `[B, 3, H, W]`."""
     return rows, 3, config.image_size, config.image_size
+
+
+def empty_pictures(model: BitGenModel, training: TrainingConfig, rows: int) -> torch.Tensor:
+    """Of a batch's pictures, or of their features where a training learns from those."""
+    if caches_features(model.config, training):
+        shape = (rows, model.num_image_tokens, model.image_encoder.output_width)
+        return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, FEATURE_DTYPE)).dtype)
+    return torch.empty(picture_shape(model.config, rows), dtype=torch.uint8)
 
 
 def batch_tensors(batch: Batch) -> list[torch.Tensor]:
@@ -207,7 +238,7 @@ def make_fake(model: nn.Module, fake_mode: Any, device: torch.device) -> None:
 
 def model_of_shapes(config: BitGenConfig) -> BitGenModel:
     """The model of `config` for its shapes alone: with `vit` without storage (device meta)."""
-    # Some backbones of torchvision read their own weights while they are made.
+    # Some encoders of others read their own weights while they are made.
     with torch.device("meta" if config.image_encoder == "vit" else "cpu"):
         return BitGenModel(config)
 
@@ -235,16 +266,19 @@ class Rehearsal:
             dtype: of the forward pass.
         """
         self._training, self._batch = training, batch
+        self._captions = make_captions(batch, training)
         num_robots = batch.robot_labels.shape[1]
         if num_robots:
             unknown = [f"robot {number}" for number in range(num_robots)]
             names = [*model.config.robot_names, *unknown][:num_robots]
             texts_RL = torch.ones(num_robots, robot_length, dtype=torch.long)
             model.set_robots(names, texts_RL, texts_RL.bool())
-        weight_R = torch.ones(num_robots)
         model.set_activation_checkpointing(training.activation_checkpointing)
-        self._objective = Objective(model.train(), training, weight_R, device, dtype)
-        self._optimizer = make_optimizer(model, training.learning_rate, training.weight_decay)
+        model.set_norm_batch(training.norm_batch)
+        self._objective = Objective(model.train(), training, device, dtype)
+        self._optimizer = make_optimizer(
+            model, training.learning_rate, training.weight_decay, training.encoder_learning_rate
+        )
         self._parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         self._gradients = GradientBuffers(self._parameters)
         self._statistics = TernaryStatistics(model)
@@ -256,9 +290,11 @@ class Rehearsal:
             self._statistics.remember()
         self._gradients.zero()
         batches = [self._batch] * self._training.grad_accumulation
-        counts = self._objective.counts(batches, words_only=False)
+        captions = [self._captions] * len(batches)
+        counts = self._objective.counts(batches, words_only=False, sampled=captions)
         for batch in batches:
-            loss = self._objective.total(self._objective(batch).sums, counts)
+            sums = self._objective(batch, sampled=self._captions).sums
+            loss = self._objective.total(sums, counts)
             if loss.requires_grad:
                 loss.backward()
         with self._gradients.only_reached():
@@ -293,10 +329,10 @@ def rehearse_without_memory(
 
     # What the model reads (masks, lengths) stays real, and meets fake tensors in operations.
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake_mode:
-        images_B3HW = torch.empty(picture_shape(config, shape.rows), dtype=torch.uint8)
-    batch = make_batch(config, shape, images_B3HW)
     model = model_of_shapes(config)
+    with fake_mode:
+        pictures = empty_pictures(model, training, shape.rows)
+    batch = make_batch(config, shape, pictures)
     tracker = StorageTracker()
     tracker.ignore(batch_tensors(batch))
     with tracker:

@@ -6,9 +6,10 @@ coco folders, tasks --> read_data --> tokenizer, config --> model --.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import torch
 
 from bitgen.config import BitGenConfig, TrainingConfig
 from bitgen.dataset.coco import CaptionedImage, load_coco
+from bitgen.dataset.features import FeatureCache, caches_features
 from bitgen.dataset.images import ImageCache, default_cache_dir
 from bitgen.dataset.masked import check_objective
+from bitgen.dataset.plans import TaskPlan, load_plans, split_plans
 from bitgen.dataset.robots import (
     Robot,
     RobotTask,
@@ -25,20 +28,36 @@ from bitgen.dataset.robots import (
     load_catalog,
     load_tasks,
     split_tasks,
+    without_tasks,
 )
-from bitgen.dataset.samples import TrainingSet
+from bitgen.dataset.samples import PictureVariants, TrainingSet
 from bitgen.dataset.tokenizer import Tokenizer
 from bitgen.errors import ConfigError, DatasetError, InputError, OutputExistsError
 from bitgen.model.bitgen import BitGenModel
-from bitgen.model.image_encoder import load_encoder_weights
-from bitgen.training.checkpoint import CHECKPOINTS_FOLDER, CONFIG_FILE, open_run
+from bitgen.model.device import resolve_device
+from bitgen.model.encoders import encoder_name, load_encoder_weights, open_encoder
+from bitgen.training.checkpoint import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    load_model_tensors,
+    open_run,
+    read_tensors,
+)
 from bitgen.training.distributed import World
 from bitgen.training.events import TrainerCallback
+from bitgen.training.initial_model import InitialModel, open_initial_model
 from bitgen.training.trainer import Trainer
 
 # One unreadable image is skipped, whatever the size of the set; of more, this share is tolerated.
 MAX_BAD_IMAGE_SHARE = 0.01
 BAD_IMAGES_NAMED = 5
+DEFAULT_SIZE = "tiny"
+
+# What a training that starts from a model may choose anew.
+_FREE_OF_WEIGHTS = frozenset(("dropout", "freeze_encoder"))
+# What the name of a size does not say of a model.
+_ANY_INITIAL = frozenset(("model_size", "vocab_size", "robot_names"))
+_ROBOT_BIAS = "robot_selector.robot_bias"
 
 
 class SetupObserver:
@@ -60,27 +79,34 @@ class DataSources:
 
     coco_data: Sequence[Path]
     """Folders of COCO-layout data sets; they are joined."""
-    robot_data: Path | None = None
-    """Robot tasks to train on."""
+    robot_data: Sequence[Path] = ()
+    """Files of robot tasks to train on; they are joined."""
     robot_val_data: Path | None = None
-    """Robot tasks to validate on; None: `robots_val.json` beside `robots_train.json`, or else a
-    share of `robot_data`."""
+    """Robot tasks to validate on; None: `robots_val.json` beside each `robots_train.json`, and a
+    share of the other files of `robot_data`."""
+    plan_data: Sequence[Path] = ()
+    """Plans to train on; they are joined, and a share of them is validated on."""
     robots: Path | None = None
     """The robot catalog; None: the one that ships."""
     tokenizer: Path | None = None
-    """A `tokenizer.json`; None: one is trained on the captions and tasks."""
+    """A `tokenizer.json`; None: one is trained on the captions, tasks and plans."""
+    initial_model: Path | None = None
+    """A run from whose best checkpoint the training starts, with its tokenizer and, where `robots`
+    is None, its catalog; None: from random weights."""
 
     def to_dict(self) -> dict[str, Any]:
         """Absolute paths as JSON values, so that the run resumes from any folder."""
         return {
             "coco_data": [str(path.resolve()) for path in self.coco_data],
+            "plan_data": [str(path.resolve()) for path in self.plan_data],
+            "robot_data": [str(path.resolve()) for path in self.robot_data],
             **{
                 name: None if path is None else str(path.resolve())
                 for name, path in (
-                    ("robot_data", self.robot_data),
                     ("robot_val_data", self.robot_val_data),
                     ("robots", self.robots),
                     ("tokenizer", self.tokenizer),
+                    ("initial_model", self.initial_model),
                 )
             },
         }
@@ -90,9 +116,17 @@ class DataSources:
         """Read what `to_dict` wrote; other keys are left alone."""
         paths = {
             name: Path(values[name]) if values.get(name) else None
-            for name in ("robot_data", "robot_val_data", "robots", "tokenizer")
+            for name in ("robot_val_data", "robots", "tokenizer", "initial_model")
         }
-        return cls([Path(path) for path in values.get("coco_data", ())], **paths)
+        robot_data = values.get("robot_data") or []
+        if isinstance(robot_data, str):  # of a run that was written when there could be one only
+            robot_data = [robot_data]
+        return cls(
+            [Path(path) for path in values.get("coco_data", ())],
+            [Path(path) for path in robot_data],
+            plan_data=[Path(path) for path in values.get("plan_data", ())],
+            **paths,
+        )
 
 
 @dataclass(frozen=True)
@@ -104,20 +138,28 @@ class TrainingData:
     train_tasks: list[RobotTask]
     val_tasks: list[RobotTask]
     catalog: list[Robot]
+    train_plans: list[TaskPlan] = field(default_factory=list)
+    val_plans: list[TaskPlan] = field(default_factory=list)
 
     def image_paths(self) -> list[Path]:
         """Every picture file once, in order of first use."""
         with_captions = (image.path for image in (*self.train_images, *self.val_images))
-        with_tasks = (t.image for t in (*self.train_tasks, *self.val_tasks) if t.image is not None)
+        tasks: tuple[RobotTask | TaskPlan, ...] = (
+            *self.train_tasks, *self.val_tasks, *self.train_plans, *self.val_plans,
+        )  # fmt: skip
+        with_tasks = (task.image for task in tasks if task.image is not None)
         return list(dict.fromkeys((*with_captions, *with_tasks)))
 
     def texts(self) -> Iterator[str]:
-        """What the tokenizer is trained on: training captions and tasks, and the robots."""
+        """What the tokenizer is trained on: training captions, tasks and plans, and the robots."""
         for image in self.train_images:
             yield from image.captions
         for task in self.train_tasks:
             yield task.task
-        if self.train_tasks:
+        for plan in self.train_plans:
+            yield plan.task
+            yield from (subtask.subtask for subtask in plan.subtasks)
+        if self.train_tasks or self.train_plans:
             for robot in self.catalog:
                 yield robot.text()
 
@@ -129,45 +171,69 @@ class TrainingData:
             "val_images": len(self.val_images),
             "train_tasks": len(self.train_tasks),
             "val_tasks": len(self.val_tasks),
+            "train_plans": len(self.train_plans),
+            "train_plans_with_image": sum(plan.image is not None for plan in self.train_plans),
+            "val_plans": len(self.val_plans),
         }
 
     def words(self) -> str:
         """How much there is, for a person."""
         counts = self.counts()
+        plans = {side: f", {counts[f'{side}_plans']:,} plans" for side in ("train", "val")}
+        if not self.train_plans:
+            plans = {"train": "", "val": ""}
         return (
             f"To train on: {counts['train_images']:,} images with {counts['train_captions']:,}"
-            f" captions, {counts['train_tasks']:,} robot tasks. To validate on:"
-            f" {counts['val_images']:,} images, {counts['val_tasks']:,} robot tasks."
+            f" captions, {counts['train_tasks']:,} robot tasks{plans['train']}. To validate on:"
+            f" {counts['val_images']:,} images, {counts['val_tasks']:,} robot tasks{plans['val']}."
         )
 
 
-def read_data(sources: DataSources) -> TrainingData:
-    """Read captions, tasks and catalog. Raises DatasetError where there is nothing to train on."""
+def read_data(sources: DataSources, catalog: list[Robot] | None = None) -> TrainingData:
+    """Read captions, tasks, plans and, unless it is given, the catalog.
+
+    Raises DatasetError where there is nothing to train on.
+    """
     if not sources.coco_data:
         raise InputError(
             "No data set is given.", remedy="Name a folder in COCO layout: --coco_data DIR."
         )
     train_images = load_coco(sources.coco_data, "train")
     val_images = load_coco(sources.coco_data, "val")
-    catalog = load_catalog(sources.robots)
-    train_tasks: list[RobotTask] = []
-    val_tasks: list[RobotTask] = []
-    if sources.robot_data is not None:
-        train_tasks = load_tasks(sources.robot_data, catalog)
-        val_path = sources.robot_val_data
-        if val_path is None and sources.robot_data.name == "robots_train.json":
-            sibling = sources.robot_data.with_name("robots_val.json")
-            val_path = sibling if sibling.is_file() else None
-        if val_path is None:
-            train_tasks, val_tasks = split_tasks(train_tasks)
-        else:
-            val_tasks = load_tasks(val_path, catalog)
-    return TrainingData(train_images, val_images, train_tasks, val_tasks, catalog)
+    if catalog is None:
+        catalog = load_catalog(sources.robots)
+    train_tasks, val_tasks = _read_tasks(sources, catalog)
+    train_plans, val_plans = split_plans(load_plans(sources.plan_data, catalog))
+    return TrainingData(
+        train_images, val_images, train_tasks, val_tasks, catalog, train_plans, val_plans
+    )
+
+
+def _read_tasks(
+    sources: DataSources, catalog: Sequence[Robot]
+) -> tuple[list[RobotTask], list[RobotTask]]:
+    """Tasks to train and to validate on; none is among both."""
+    if not sources.robot_data:
+        return [], []
+    if sources.robot_val_data is not None:
+        val_tasks = load_tasks(sources.robot_val_data, catalog)
+        return without_tasks(load_tasks(sources.robot_data, catalog), val_tasks), val_tasks
+    val_path_of = {
+        path: path.with_name("robots_val.json")
+        for path in sources.robot_data
+        if path.name == "robots_train.json" and path.with_name("robots_val.json").is_file()
+    }
+    held_out = load_tasks(list(val_path_of.values()), catalog)
+    with_val = load_tasks(list(val_path_of), catalog)
+    # Merged before they are divided, so that no task falls on both sides.
+    others = load_tasks([path for path in sources.robot_data if path not in val_path_of], catalog)
+    train_tasks, val_tasks = split_tasks(without_tasks(others, [*with_val, *held_out]))
+    return [*without_tasks(with_val, held_out), *train_tasks], [*held_out, *val_tasks]
 
 
 def read_sources(
     sources: DataSources,
-    model_size: str,
+    model_size: str | None,
     model_changes: Mapping[str, Any] | None,
     training: TrainingConfig,
     observer: SetupObserver,
@@ -176,17 +242,111 @@ def read_sources(
 
     The arguments, and what is raised, are those of `prepare_training`.
     """
-    config = BitGenConfig.preset(model_size, **(model_changes or {}))
-    tokenizer = None
-    if sources.tokenizer is not None:
-        tokenizer = Tokenizer.load(sources.tokenizer)
-        config = replace(config, vocab_size=tokenizer.vocab_size)
+    tokenizer = catalog = None
+    if sources.initial_model is not None:
+        initial = open_initial_model(sources.initial_model)
+        config = _config_that_fits(initial, model_size, model_changes or {})
+        tokenizer = Tokenizer.from_json(initial.tokenizer_json)
+        _check_same_tokenizer(tokenizer, sources)
+        if sources.robots is None:
+            catalog = catalog_from_json(initial.robots_json)
+        step = "the weights" if initial.step is None else f"step {initial.step:,}"
+        observer.on_note(f"Starting from {step} of {sources.initial_model}.")
+    else:
+        config = BitGenConfig.preset(model_size or DEFAULT_SIZE, **(model_changes or {}))
+        if sources.tokenizer is not None:
+            tokenizer = Tokenizer.load(sources.tokenizer)
+            config = replace(config, vocab_size=tokenizer.vocab_size)
     check_objective(config, training, tokenizer)
-    data = read_data(sources)
+    check_encoder(config, training)
+    data = read_data(sources, catalog)
     observer.on_note(data.words())
     if data.train_tasks:
         config = replace(config, robot_names=tuple(robot.name for robot in data.catalog))
     return config, data, tokenizer
+
+
+def _config_that_fits(
+    initial: InitialModel, model_size: str | None, model_changes: Mapping[str, Any]
+) -> BitGenConfig:
+    """The model's architecture, with what may be changed of it without changing its weights."""
+    asked = {}
+    if model_size is not None and model_size != initial.config.model_size:
+        asked = BitGenConfig.preset(model_size).to_dict()
+    of_model, given = initial.config.to_dict(), {**asked, **model_changes}
+    # A size says nothing of what is given, nor of the tokenizer's vocabulary and the robots.
+    compared = {n: v for n, v in given.items() if n not in _ANY_INITIAL or n in model_changes}
+    different = [
+        f"{name} is {of_model[name]} there, {value} here"
+        for name, value in compared.items()
+        if value is not None and value != of_model[name] and name not in _FREE_OF_WEIGHTS
+    ]
+    if different:
+        raise ConfigError(
+            f"The model of {initial.path} has another architecture: {'; '.join(different)}.",
+            remedy="Leave these options out: a training that starts from a model has its"
+            " architecture.",
+        )
+    free = {n: v for n, v in model_changes.items() if n in _FREE_OF_WEIGHTS and v is not None}
+    return replace(initial.config, **free)
+
+
+def _check_same_tokenizer(tokenizer: Tokenizer, sources: DataSources) -> None:
+    if sources.tokenizer is None:
+        return
+    given = Tokenizer.load(sources.tokenizer)
+    if json.loads(given.to_json()) != json.loads(tokenizer.to_json()):
+        raise ConfigError(
+            f"{sources.tokenizer} is not the tokenizer that {sources.initial_model} was trained"
+            " with: its embedding would stand for other words.",
+            remedy="Leave --tokenizer out: that of --initial_model is taken.",
+        )
+
+
+def check_encoder(config: BitGenConfig, training: TrainingConfig) -> None:
+    """Raise ConfigError where what is asked of the image encoder contradicts itself."""
+    if config.freeze_encoder and training.encoder_learning_rate is not None:
+        raise ConfigError(
+            "A frozen image encoder is not trained, and an encoder_learning_rate of"
+            f" {training.encoder_learning_rate:g} was given.",
+            remedy="Leave one of --freeze_encoder and --encoder_learning_rate out.",
+        )
+
+
+def read_encoder(
+    model_size: str | None,
+    model_changes: Mapping[str, Any] | None,
+    weights: str | None,
+    observer: SetupObserver,
+    initial_model: Path | None = None,
+) -> tuple[dict[str, Any], str | None]:
+    """Look at the image encoder that is asked for, before its model is made.
+
+    Returns `model_changes` with what its weights ask for (normalisation; of `hf:FOLDER` its
+    architecture), and where the weights come from: an absolute path, torchvision's name of them, or
+    None. The arguments, and what is raised, are those of `prepare_training`.
+    """
+    changes = dict(model_changes or {})
+    if initial_model is not None:
+        if weights is not None:
+            raise InputError(
+                f"--encoder_weights would replace those that {initial_model} has.",
+                remedy="Leave one of --initial_model and --encoder_weights out.",
+            )
+        return changes, None
+    if weights is not None and Path(weights).exists():
+        weights = str(Path(weights).absolute())
+    opened = open_encoder(BitGenConfig.preset(model_size or DEFAULT_SIZE, **changes), weights)
+    for name in ("image_encoder", "encoder_config", "image_mean", "image_std"):
+        if name == "image_encoder" or name not in changes:
+            changes[name] = getattr(opened.config, name)
+    size = opened.config.image_size
+    if opened.image_size is not None and opened.image_size != size:
+        observer.on_note(
+            f"The weights of {opened.config.image_encoder} were trained on pictures of"
+            f" {opened.image_size} px; here they see {size} px (--image_size)."
+        )
+    return changes, opened.weights
 
 
 def refuse_existing_output(output_dir: Path, overwrite: bool) -> None:
@@ -209,44 +369,107 @@ def refuse_existing_output(output_dir: Path, overwrite: bool) -> None:
         )
 
 
-def decode_images(
-    data: TrainingData, cache: ImageCache, observer: SetupObserver
-) -> tuple[TrainingData, int]:
-    """Fill the cache; returns the data without unreadable images, and how many those are.
+def picture_variants(data: TrainingData, training: TrainingConfig) -> dict[Path, list[str]]:
+    """Of each picture, in order of first use, the variants whose features are learnt from or
+    validated on."""
+    wanted: dict[Path, dict[str, None]] = {}
+    sides: tuple[tuple[list[CaptionedImage], list[RobotTask | TaskPlan], bool], ...] = (
+        (data.train_images, [*data.train_tasks, *data.train_plans], True),
+        (data.val_images, [*data.val_tasks, *data.val_plans], False),
+    )
+    for images, tasks, training_mode in sides:
+        variants = PictureVariants(training, training_mode)
+        shown = [(image.path, " ".join(image.captions)) for image in images]
+        shown += [(task.image, task.task) for task in tasks if task.image is not None]
+        for path, words in shown:
+            wanted.setdefault(path, {}).update(dict.fromkeys(variants.names(words)))
+    return {path: list(names) for path, names in wanted.items()}
 
-    Raises DatasetError if more than one image and more than 1% of them cannot be read.
+
+def prepare_pictures(
+    data: TrainingData,
+    model: BitGenModel,
+    training: TrainingConfig,
+    cache_dir: Path | None,
+    observer: SetupObserver,
+    world: World,
+) -> tuple[TrainingData, ImageCache | FeatureCache, int]:
+    """Decode all pictures or, where the image encoder is frozen, compute their features.
+
+    Returns the data without unreadable images, the cache, and how many images were left out.
+
+    Raises:
+        DatasetError: more than one image and more than 1% of them cannot be read.
+        DiskFullError: no room for the cache.
     """
+    config, folder = model.config, cache_dir or default_cache_dir()
     paths = data.image_paths()
+    cache: ImageCache | FeatureCache
+    if caches_features(config, training):
+        device = world.device(resolve_device(training.device))
+        vary = PictureVariants(training, training_mode=True).make
+        cache = features = FeatureCache(folder, config, model.image_encoder, device, vary)
+        wanted = picture_variants(data, training)
+        observer.on_note(_cache_words(features, sum(map(len, wanted.values())), training))
 
-    def report(done: int, total: int) -> None:
-        observer.on_progress("Decoding images", done, total)
+        def report_features(done: int, total: int) -> None:
+            observer.on_progress("Computing image features", done, total)
 
-    bad = cache.prepare(paths, on_progress=report)
+        bad = features.prepare(wanted, on_progress=report_features)
+    else:
+        cache = pictures = ImageCache(folder, config.image_size, config.image_resize)
+
+        def report(done: int, total: int) -> None:
+            observer.on_progress("Decoding images", done, total)
+
+        bad = pictures.prepare(paths, on_progress=report)
+    data = _without_unreadable(data, bad, len(paths), observer)
+    return data, cache, len(bad)
+
+
+def _cache_words(cache: FeatureCache, num_rows: int, training: TrainingConfig) -> str:
+    """What is kept, and what becomes of augmentation, for a person."""
+    words = (
+        f"The image encoder is frozen: its features of all pictures are kept in {cache.directory}"
+        f" ({num_rows * cache.row_bytes / 1e9:,.2f} GB)"
+    )
+    if not training.augment:
+        return f"{words}."
+    if training.cached_views == 1:
+        return (
+            f"{words}. Pictures are not varied: --cached_views N keeps N varied versions of each, 0"
+            " varies them anew in each epoch and runs the encoder in every update."
+        )
+    return f"{words}, of {training.cached_views} varied versions of each training picture."
+
+
+def _without_unreadable(
+    data: TrainingData, bad: Mapping[Path, str], num_paths: int, observer: SetupObserver
+) -> TrainingData:
     if not bad:
-        return data, 0
+        return data
     named = "; ".join(why.rstrip(".") for why in list(bad.values())[:BAD_IMAGES_NAMED])
     more = f"; and {len(bad) - BAD_IMAGES_NAMED} more" if len(bad) > BAD_IMAGES_NAMED else ""
-    summary = f"{len(bad)} of {len(paths)} images cannot be read ({named}{more})."
-    if len(bad) == len(paths) or len(bad) > max(1, MAX_BAD_IMAGE_SHARE * len(paths)):
+    summary = f"{len(bad)} of {num_paths} images cannot be read ({named}{more})."
+    if len(bad) == num_paths or len(bad) > max(1, MAX_BAD_IMAGE_SHARE * num_paths):
         raise DatasetError(
             summary, remedy="Run `bitgen data check DIR` and repair or remove these files."
         )
     observer.on_warning(f"{summary} They are skipped.")
-    return (
-        replace(
-            data,
-            train_images=[image for image in data.train_images if image.path not in bad],
-            val_images=[image for image in data.val_images if image.path not in bad],
-            train_tasks=[task for task in data.train_tasks if task.image not in bad],
-            val_tasks=[task for task in data.val_tasks if task.image not in bad],
-        ),
-        len(bad),
+    return replace(
+        data,
+        train_images=[image for image in data.train_images if image.path not in bad],
+        val_images=[image for image in data.val_images if image.path not in bad],
+        train_tasks=[task for task in data.train_tasks if task.image not in bad],
+        val_tasks=[task for task in data.val_tasks if task.image not in bad],
+        train_plans=[plan for plan in data.train_plans if plan.image not in bad],
+        val_plans=[plan for plan in data.val_plans if plan.image not in bad],
     )
 
 
 def make_datasets(
     data: TrainingData,
-    cache: ImageCache,
+    cache: ImageCache | FeatureCache,
     tokenizer: Tokenizer,
     config: BitGenConfig,
     training: TrainingConfig,
@@ -257,6 +480,7 @@ def make_datasets(
         TrainingSet(
             images=images,
             tasks=tasks,
+            plans=plans,
             cache=cache,
             tokenizer=tokenizer,
             config=config,
@@ -264,18 +488,30 @@ def make_datasets(
             robot_names=names,
             training_mode=training_mode,
         )
-        for images, tasks, training_mode in (
-            (data.train_images, data.train_tasks, True),
-            (data.val_images, data.val_tasks, False),
+        for images, tasks, plans, training_mode in (
+            (data.train_images, data.train_tasks, data.train_plans, True),
+            (data.val_images, data.val_tasks, data.val_plans, False),
         )
     )
     return train_set, val_set
 
 
+def check_plans_fit(model: BitGenModel, *sets: TrainingSet) -> None:
+    """Raise ConfigError where a plan, with its task and a picture, is longer than the model."""
+    longest = max(samples.longest_plan for samples in sets)
+    room = model.config.max_positions - model.num_image_tokens
+    if longest > room:
+        raise ConfigError(
+            f"A plan takes {longest} tokens with its task; beside {model.num_image_tokens} image"
+            f" tokens the model has room for {room} of its {model.config.max_positions} positions.",
+            remedy="Give a smaller --max_plan_tokens, or shorten the task.",
+        )
+
+
 def prepare_training(
     sources: DataSources,
     output_dir: Path,
-    model_size: str = "tiny",
+    model_size: str | None = None,
     model_changes: Mapping[str, Any] | None = None,
     training: TrainingConfig | None = None,
     encoder_weights: str | None = None,
@@ -290,10 +526,11 @@ def prepare_training(
     Args:
         sources: the data.
         output_dir: the run's own folder; new or empty.
-        model_size: name of the preset.
+        model_size: name of the preset; None: that of the initial model, or else `DEFAULT_SIZE`.
         model_changes: fields of BitGenConfig that differ from the preset.
         training: how to train.
-        encoder_weights: a file for the image encoder, or torchvision's name of weights.
+        encoder_weights: a file for the image encoder, or torchvision's name of weights; those of
+            `hf:FOLDER` lie in the folder.
         cache_dir: where decoded images are kept; None: the user's cache folder.
         overwrite: remove a run that is in `output_dir`, once everything else is in order.
         callbacks: hear of the training.
@@ -308,16 +545,28 @@ def prepare_training(
     world = world or World()
     if world.is_main:
         refuse_existing_output(output_dir, overwrite)
+    model_changes, encoder_weights = read_encoder(
+        model_size, model_changes, encoder_weights, observer, sources.initial_model
+    )
     config, data, tokenizer = read_sources(sources, model_size, model_changes, training, observer)
-    if encoder_weights is not None and Path(encoder_weights).exists():
-        encoder_weights = str(Path(encoder_weights).absolute())
-    model = _initial_model(config, training, encoder_weights)
-    cache = ImageCache(cache_dir or default_cache_dir(), config.image_size, config.image_resize)
-    data, num_skipped = decode_images(data, cache, observer)
+    if (
+        encoder_weights is not None
+        and config.image_encoder != "vit"
+        and not config.freeze_encoder
+        and training.encoder_learning_rate is None
+    ):
+        observer.on_warning(
+            f"The pretrained weights of {config.image_encoder} are trained at the learning rate of"
+            f" new ones, {training.learning_rate:g}, and may be lost: give a smaller"
+            " --encoder_learning_rate, or --freeze_encoder."
+        )
+    model = _initial_model(config, training, encoder_weights, sources.initial_model)
+    data, cache, num_skipped = prepare_pictures(data, model, training, cache_dir, observer, world)
     if tokenizer is None:
         trained = Tokenizer.train(data.texts(), config.vocab_size).to_json()
         tokenizer = Tokenizer.from_json(world.text_of_main(trained))
     train_set, val_set = make_datasets(data, cache, tokenizer, config, training)
+    check_plans_fit(model, train_set, val_set)
     if world.is_main and output_dir.exists():
         shutil.rmtree(output_dir)
     return Trainer(
@@ -331,6 +580,7 @@ def prepare_training(
         data_info=_data_info(sources, encoder_weights, data, num_skipped),
         callbacks=callbacks,
         world=world,
+        validate_first=sources.initial_model is not None,
     )
 
 
@@ -347,14 +597,41 @@ def _data_info(
 
 
 def _initial_model(
-    config: BitGenConfig, training: TrainingConfig, encoder_weights: str | None
+    config: BitGenConfig,
+    training: TrainingConfig,
+    encoder_weights: str | None,
+    initial_model: Path | None,
 ) -> BitGenModel:
-    """The weights that a training starts from; a function of these three alone."""
+    """The weights that a training starts from; a function of these four alone."""
     torch.manual_seed(training.seed)
     model = BitGenModel(config)
+    if initial_model is not None:
+        initial = open_initial_model(initial_model)
+        tensors = initial.tensors()
+        _move_robot_bias(model, tensors, initial.config.robot_names)
+        load_model_tensors(model, tensors, initial_model)
     if encoder_weights is not None:
         load_encoder_weights(model.image_encoder, config.image_encoder, encoder_weights)
     return model
+
+
+def _load_encoder(model: BitGenModel, tensors: Mapping[str, torch.Tensor]) -> None:
+    own = {f"image_encoder.{name}" for name in model.image_encoder.state_dict()}
+    model.load_state_dict({name: t for name, t in tensors.items() if name in own}, strict=False)
+
+
+def _move_robot_bias(
+    model: BitGenModel, tensors: dict[str, torch.Tensor], names: Sequence[str]
+) -> None:
+    """Give each robot of the model the bias that it had among `names`; new ones start with none."""
+    own = model.robot_selector.robot_bias.detach().clone()
+    bias = tensors.get(_ROBOT_BIAS)
+    if bias is None or len(bias) != len(names):
+        return  # what is wrong there is said when they are loaded
+    for index, name in enumerate(model.config.robot_names):
+        if name in names:
+            own[index] = bias[list(names).index(name)]
+    tensors[_ROBOT_BIAS] = own
 
 
 def prepare_resume(
@@ -384,6 +661,8 @@ def prepare_resume(
         asked["model_size"] = model_size
     for name, value in asked.items():
         recorded = getattr(run.config, name)
+        if name == "image_encoder":
+            value = encoder_name(value)
         if value != recorded:
             raise ConfigError(
                 f"The run {run_dir} has {name} {recorded}; it cannot go on with {value}.",
@@ -392,24 +671,35 @@ def prepare_resume(
     training = replace(run.training, **(training_changes or {}))
     tokenizer = Tokenizer.from_json(run.tokenizer_json)
     check_objective(run.config, training, tokenizer)
+    check_encoder(run.config, training)
     sources = replace(DataSources.from_dict(run.data), **(source_changes or {}))
     data = read_data(sources)
     observer.on_note(data.words())
     catalog = catalog_from_json(run.robots_json)
-    if data.train_tasks and catalog != data.catalog:
+    if (data.train_tasks or data.train_plans) and catalog != data.catalog:
         raise ConfigError(
             f"The robot catalog is not the one that {run_dir} was trained with.",
             remedy="Give the same --robots file, or start a new run.",
         )
-    config = run.config
-    cache = ImageCache(cache_dir or default_cache_dir(), config.image_size, config.image_resize)
-    data, num_skipped = decode_images(data, cache, observer)
-    train_set, val_set = make_datasets(data, cache, tokenizer, config, training)
     encoder_weights = run.data.get("encoder_weights")
     # A run that was killed before its first checkpoint starts over, from the same weights.
     starts_over = run.checkpoint_dir is None
+    model = _initial_model(
+        run.config,
+        training,
+        encoder_weights if starts_over else None,
+        sources.initial_model if starts_over else None,
+    )
+    if not starts_over and caches_features(run.config, training):
+        # Features are of the weights that training will load: the encoder needs them now.
+        _load_encoder(model, read_tensors(run.model_path))
+    data, cache, num_skipped = prepare_pictures(
+        data, model, training, cache_dir, observer, world or World()
+    )
+    train_set, val_set = make_datasets(data, cache, tokenizer, run.config, training)
+    check_plans_fit(model, train_set, val_set)
     return Trainer(
-        model=_initial_model(config, training, encoder_weights if starts_over else None),
+        model=model,
         train_set=train_set,
         val_set=val_set,
         tokenizer=tokenizer,
@@ -419,4 +709,5 @@ def prepare_resume(
         data_info=_data_info(sources, encoder_weights, data, num_skipped),
         callbacks=callbacks,
         world=world,
+        validate_first=sources.initial_model is not None,
     )

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from bitgen.config import TrainingConfig
@@ -31,6 +32,7 @@ from bitgen.errors import ConfigError, DatasetError, Interrupted, TrainingError
 from bitgen.model.device import resolve_device
 from bitgen.training.allocator import keep_freed_memory
 from bitgen.training.amp import make_grad_scaler, resolve_precision
+from bitgen.training.caption_judge import CaptionJudge
 from bitgen.training.checkpoint import (
     CHECKPOINTS_FOLDER,
     METRICS_FILE,
@@ -66,7 +68,12 @@ from bitgen.training.events import (
 from bitgen.training.gradients import GradientBuffers
 from bitgen.training.interrupts import DeferredSignals
 from bitgen.training.loader import BatchLoader
-from bitgen.training.losses import count_image_words, expert_load, robot_positive_weight
+from bitgen.training.losses import (
+    ROBOT_THRESHOLDS,
+    best_robot_threshold,
+    count_image_words,
+    expert_load,
+)
 from bitgen.training.objective import FIGURES, Objective
 from bitgen.training.optimizer import (
     load_optimizer_tensors,
@@ -75,6 +82,7 @@ from bitgen.training.optimizer import (
     set_rates,
 )
 from bitgen.training.schedule import learning_rate_at, weight_decay_at
+from bitgen.training.self_critical import SampledCaptions, SelfCritic
 from bitgen.training.weight_statistics import TernaryStatistics
 
 if TYPE_CHECKING:
@@ -99,7 +107,7 @@ _FREE_ON_RESUME = frozenset(
     (
         "num_epochs", "max_steps", "num_workers", "save_every", "eval_every", "patience",
         "keep_checkpoints", "weights_every", "parallel", "activation_checkpointing",
-        "compile",
+        "compile", "best_by", "cider_images",
     )
 )  # fmt: skip
 
@@ -124,6 +132,8 @@ class _Progress:
     skipped_in_a_row: int = 0
     best_step: int | None = None
     best_loss: float | None = None
+    best_cider: float | None = None
+    robot_threshold: float | None = None  # the best one at the last validation
     validations_since_best: int = 0
     validation_pending: bool = False  # a signal came before this step's validation was done
     usual_log_norm: float = 0.0  # running mean of the logarithm of the gradient norm
@@ -174,6 +184,7 @@ class Trainer:
         data_info: Mapping[str, Any],
         callbacks: Sequence[TrainerCallback] = (),
         world: World | None = None,
+        validate_first: bool = False,
     ) -> None:
         """Prepare; nothing is written before `train`.
 
@@ -188,31 +199,44 @@ class Trainer:
             data_info: JSON values that say what is trained on, for `bitgen info`.
             callbacks: hear of every event, in this order; in the first process alone.
             world: the processes that share the training; None: this one alone.
+            validate_first: judge and save a new run before its first update too: what it starts
+                from may be the best.
 
         Raises:
             DatasetError: the training set is empty.
-            ConfigError: a device or precision that this machine does not have, or nothing that
-                has a loss.
+            ConfigError: a device or precision that this machine does not have, nothing that has a
+                loss, or captions to be written by a model that lies in pieces.
         """
         if len(train_set) == 0:
             raise DatasetError(
                 "The training set is empty: there is nothing to learn from.",
                 remedy="Give a data set that holds captions or robot tasks.",
             )
-        has_captions = train_set.captions_have_loss and len(train_set) > len(train_set.tasks)
-        if not (has_captions or train_set.tasks or training.image_word_weight):
+        if not (train_set.texts_have_loss or train_set.tasks or training.image_word_weight):
             raise ConfigError(
                 "There is nothing to learn: in bidirectional mode captions have no loss, there are"
                 " no robot tasks, and image_word_weight is 0.",
                 remedy="Take --objective mlm or --attention_mode prefix, or give --robot_data.",
             )
         self._world = world or World()
+        if self.is_sharded_by(training) and (
+            training.objective == "self_critical" or training.judges_by_cider
+        ):
+            raise ConfigError(
+                "While it trains by --parallel fsdp a model lies in pieces on several processes,"
+                " and cannot write captions: neither for self_critical nor for best_by cider.",
+                remedy="Take --parallel ddp, or for other objectives --best_by loss.",
+            )
         self.device = self._world.device(resolve_device(training.device))
         self.dtype = resolve_precision(training.precision, self.device)
         self.max_validation_batches: int | None = None
         self._model = model
         self._train_set = train_set
         self._val_set = val_set if val_set is not None and len(val_set) else None
+        self._validate_first = validate_first
+        self._judge: CaptionJudge | None = None
+        if self._val_set is not None and self._val_set.images and training.judges_by_cider:
+            self._judge = CaptionJudge(tokenizer, self._val_set.images, training)
         options = (training.num_workers, self.device.type == "cuda")
         self._train_loader = BatchLoader(train_set, *options)
         self._val_loader = BatchLoader(self._val_set or train_set, *options)
@@ -235,7 +259,11 @@ class Trainer:
     @property
     def is_sharded(self) -> bool:
         """Whether each process holds pieces of the weights only."""
-        return self._world.size > 1 and self._training.parallel == "fsdp"
+        return self.is_sharded_by(self._training)
+
+    def is_sharded_by(self, training: TrainingConfig) -> bool:
+        """Whether each process would hold pieces of the weights only."""
+        return self._world.size > 1 and training.parallel == "fsdp"
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -276,16 +304,20 @@ class Trainer:
             metrics = None
             if self._world.is_main:
                 metrics = stack.enter_context(
-                    closing(MetricsLog(self._run_dir, self._progress.step))
+                    closing(MetricsLog(self._run_dir, self._last_recorded_step()))
                 )
             signals = stack.enter_context(DeferredSignals())
             for loader in (self._train_loader, self._val_loader):
                 stack.callback(loader.close)
             validation = self._loop(total_steps, metrics, signals)
+        self._set_robots()
         summary = self._summary(start, began, validation, self._draw_curves())
         self._tell("on_end", summary)
         self._world.wait()
         return summary
+
+    def _last_recorded_step(self) -> int:
+        return -1 if self._checkpoint_dir is None else self._progress.step
 
     # Before the first update --------------------------------------------------------------------
 
@@ -313,27 +345,35 @@ class Trainer:
             load_model_tensors(model, checkpoint.model, checkpoint.path)
         model.to(self.device)
         model.set_activation_checkpointing(training.activation_checkpointing)
+        model.set_norm_batch(training.norm_batch)
         if training.compile:
             model.compile_layers()
-        names = [robot.name for robot in self._catalog]
-        if names:
-            texts = [self._tokenizer.encode_robot(robot.text()) for robot in self._catalog]
-            model.set_robots(names, *pad_rows(texts, self._tokenizer.pad_id))
+        self._set_robots()
+        selector = model.robot_selector
+        names, tasks = [robot.name for robot in self._catalog], self._train_set.tasks
+        # Other weights than a fresh model's have learnt how often each robot suits.
+        is_fresh = checkpoint is None and not selector.robot_bias.any()
+        if is_fresh and tasks and names == list(selector.robot_names):
+            shares = [sum(name in task.robots for task in tasks) / len(tasks) for name in names]
+            with torch.no_grad():
+                selector.start_from_shares(shares, model.eval().encode_robots())
         self._objective = Objective(
             model,
             training,
-            robot_positive_weight(self._train_set.tasks, names),
             self.device,
             self.dtype,
             world.size,
             self.is_sharded,
+            self._critic(),
         )
         self._shared_objective: torch.nn.Module = self._objective
         if self.is_sharded:
             shard(self._objective, model.text_decoder.layers, ["judge"], self.device)
         elif world.size > 1:
             self._shared_objective = replicated(self._objective, self.device)
-        self._optimizer = make_optimizer(model, training.learning_rate, training.weight_decay)
+        self._optimizer = make_optimizer(
+            model, training.learning_rate, training.weight_decay, training.encoder_learning_rate
+        )
         self._parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         # Of several processes, the library that adds gradients up owns their memory.
         self._gradients = GradientBuffers(self._parameters, allocate=world.size == 1)
@@ -342,6 +382,29 @@ class Trainer:
         torch.manual_seed(training.seed + world.rank)
         if checkpoint is not None:
             self._restore(checkpoint)
+        elif self._validate_first:
+            self._progress.validation_pending = self._val_set is not None
+
+    def _critic(self) -> SelfCritic | None:
+        if self._training.objective != "self_critical":
+            return None
+        references = [image.captions for image in self._train_set.images]
+        return SelfCritic(self._tokenizer, references, self._training)
+
+    def _set_robots(self, step: int | None = None) -> None:
+        """Give the model the catalog's texts; those of an update, given its step, are varied."""
+        if not self._catalog:
+            return
+        dropout = self._training.robot_phrase_dropout
+        if step is None or not dropout:
+            texts = [robot.text() for robot in self._catalog]
+        else:
+            # By the seed and the step alone: alike in all processes, and where a run is resumed.
+            random = np.random.default_rng((self._training.seed, step))
+            texts = [robot.varied_text(random, dropout) for robot in self._catalog]
+        rows = [self._tokenizer.encode_robot(text) for text in texts]
+        names = [robot.name for robot in self._catalog]
+        self._model.set_robots(names, *pad_rows(rows, self._tokenizer.pad_id))
 
     def _open_for_resume(self) -> RunFiles:
         run = open_run(self._run_dir, prefer="last")
@@ -422,8 +485,7 @@ class Trainer:
                 f"Settings differ from the run's: {'; '.join(self._differences)}."
                 " The present ones are used.",
             )
-        has_captions = len(self._train_set) > len(self._train_set.tasks)
-        if has_captions and not self._train_set.captions_have_loss:
+        if self._train_set.images and not self._train_set.captions_have_loss:
             self._tell(
                 "on_warning",
                 "In bidirectional mode a position sees the word that it would have to foretell:"
@@ -593,8 +655,9 @@ class Trainer:
         world, scaler, optimizer = self._world, self._scaler, self._optimizer
         words_only = self._is_word_pretraining()
         own = group.batches[: group.num_own]
+        sampled = [None if words_only else self._objective.sample(batch) for batch in own]
         own_counts = {
-            **self._objective.counts(own, words_only),
+            **self._objective.counts(own, words_only, sampled),
             "images": sum(self._count_images(batch) for batch in own),
             "positions": sum(batch.attention_mask.numel() for batch in own),
             "padding": sum(int((~batch.attention_mask).sum()) for batch in own),
@@ -602,8 +665,9 @@ class Trainer:
         summed = world.sum(torch.tensor(list(own_counts.values()), dtype=torch.float64))
         counts = {name: int(n) for name, n in zip(own_counts, summed.tolist(), strict=True)}
         set_rates(optimizer, learning_rate, weight_decay)
+        self._set_robots(self._progress.step)
         self._gradients.zero()
-        totals, chosen_NE = self._add_gradients(group, counts, words_only)
+        totals, chosen_NE = self._add_gradients(group, sampled, counts, words_only)
         world.sum(self._gradients.reached)
         with self._gradients.only_reached():
             scaler.unscale_(optimizer)
@@ -637,7 +701,7 @@ class Trainer:
             losses=losses,
             expert_load=None if chosen_NE is None else expert_load(world.sum(chosen_NE.cpu())),
             grad_norm=grad_norm,
-            tokens=counts.get("caption", 0),
+            tokens=counts.get("caption", 0) + counts.get("sampled_tokens", 0),
             text_positions=counts["positions"],
             padded_positions=counts["padding"],
             images=counts["images"],
@@ -646,7 +710,11 @@ class Trainer:
         )
 
     def _add_gradients(
-        self, group: _Group, counts: Mapping[str, int], words_only: bool
+        self,
+        group: _Group,
+        sampled: Sequence[SampledCaptions | None],
+        counts: Mapping[str, int],
+        words_only: bool,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         """Run all micro-batches forward and backward.
 
@@ -656,12 +724,14 @@ class Trainer:
         names = [name for name in self._objective.weights if name in counts]
         totals = {name: torch.zeros((), device=self.device) for name in names}
         chosen_NE: torch.Tensor | None = None
-        for index, batch in enumerate(group.batches):
+        # No captions are drawn for batches that are computed for company.
+        of_all = itertools.zip_longest(group.batches, sampled)
+        for index, (batch, captions) in enumerate(of_all):
             if index == group.num_own:
                 self._model.eval()  # what is computed for company leaves running statistics alone
             is_last = index == len(group.batches) - 1
             with synchronized(self._shared_objective, enabled=is_last):
-                found = self._shared_objective(batch, words_only)
+                found = self._shared_objective(batch, words_only, captions)
                 for name in totals.keys() & found.sums.keys():
                     totals[name] += found.sums[name].detach()
                 loss = self._objective.total(found.sums, counts)
@@ -750,6 +820,7 @@ class Trainer:
             loss=losses.pop("caption", None),
             robot_loss=losses.pop("robot", None),
             image_word_loss=losses.pop("image_word", None),
+            reward=losses.pop("reward", None),
             other_losses=losses,
             expert_load=update.expert_load,
             grad_norm=update.grad_norm,
@@ -810,16 +881,28 @@ class Trainer:
         batches = micro_batches(range(len(self._val_set)), self._training.batch_size, 0, 1)
         batches = batches[: self.max_validation_batches]
         share = batches[world.rank :: world.size]
+        to_caption = [] if self._judge is None else self._judge.batches(self._training.batch_size)
+        to_caption = to_caption[: self.max_validation_batches]
+        own_to_caption = to_caption[world.rank :: world.size]
         # As many in each process: where one has nothing left, it computes for company.
         most = math.ceil(len(batches) / world.size)
         indices = share + [batches[0][:1]] * (most - len(share))
         totals = torch.zeros(len(FIGURES), dtype=torch.float64)
+        self._set_robots()
+        ciders = torch.zeros(2, dtype=torch.float64)  # their sum, and how many
         self._model.eval()
         try:
             for done, batch in enumerate(self._val_loader.load(indices, 0), start=1):
                 judged = self._objective.judge(batch)
                 totals += judged if done <= len(share) else 0.0 * judged
-                self._tell("on_validation_progress", done, most)
+                self._tell("on_validation_progress", done, most + len(own_to_caption))
+                if signals.received and world.size == 1:
+                    return None
+            loaded = self._val_loader.load(own_to_caption, 0)
+            for done, batch in enumerate(loaded, start=most + 1):
+                assert self._judge is not None
+                ciders += self._objective.judge_captions(self._judge, batch)
+                self._tell("on_validation_progress", done, most + len(own_to_caption))
                 if signals.received and world.size == 1:
                     return None
         finally:
@@ -828,15 +911,26 @@ class Trainer:
         progress.validation_pending = False
         loss = figures["caption"] / figures["tokens"] if figures["tokens"] else None
         robot_loss = figures["robot"] / figures["labels"] if figures["labels"] else None
-        score = (loss or 0.0) + self._training.robot_loss_weight * (robot_loss or 0.0)
-        is_judged = loss is not None or robot_loss is not None
-        is_best = (
-            is_judged
-            and math.isfinite(score)
-            and (progress.best_loss is None or score < progress.best_loss)
-        )
+        plan_loss = figures["plan"] / figures["plan_tokens"] if figures["plan_tokens"] else None
+        # Beside captions, a few plans must not say which checkpoint is the best.
+        text_loss = plan_loss if loss is None else loss
+        score = (text_loss or 0.0) + self._training.robot_loss_weight * (robot_loss or 0.0)
+        cider_sum, num_captioned = world.sum(ciders).tolist()
+        cider = cider_sum / num_captioned if num_captioned else None
+        robot_exact_match = None
+        if figures["tasks"]:
+            matches_T = [figures[f"matches_{threshold}"] for threshold in ROBOT_THRESHOLDS]
+            progress.robot_threshold, matches = best_robot_threshold(matches_T, figures["tasks"])
+            robot_exact_match = matches / figures["tasks"]
+        is_judged = text_loss is not None or robot_loss is not None
+        if cider is not None:
+            is_better = progress.best_cider is None or cider > progress.best_cider
+        else:
+            is_better = progress.best_loss is None or score < progress.best_loss
+        is_best = is_judged and math.isfinite(score) and is_better
         if is_best:
             progress.best_loss, progress.best_step = score, progress.step
+            progress.best_cider = cider
             progress.validations_since_best = 0
         elif is_judged:
             progress.validations_since_best += 1
@@ -844,8 +938,11 @@ class Trainer:
             step=progress.step,
             epoch=progress.epoch + (progress.samples_seen > 0),
             loss=loss,
+            plan_loss=plan_loss,
             robot_loss=robot_loss,
-            robot_exact_match=figures["matches"] / figures["tasks"] if figures["tasks"] else None,
+            robot_exact_match=robot_exact_match,
+            robot_threshold=progress.robot_threshold if figures["tasks"] else None,
+            cider=cider,
             is_best=is_best,
             seconds=time.perf_counter() - started,
         )
@@ -926,6 +1023,7 @@ class Trainer:
             validation=validation,
             best_step=progress.best_step,
             best_loss=progress.best_loss,
+            best_cider=progress.best_cider,
             skipped_steps=progress.skipped_steps,
             seconds=progress.seconds,
             wall_seconds=time.perf_counter() - began,

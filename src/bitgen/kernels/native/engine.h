@@ -15,8 +15,9 @@ enum { BITGEN_PREFIX = 0, BITGEN_CAUSAL = 1, BITGEN_BIDIRECTIONAL = 2 };
 struct bitgen_engine_config {
   int64_t vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, head_dim;
   int64_t intermediate_size, num_experts, experts_per_token, max_positions, attention_mode;
-  int64_t image_size, patch_size, encoder_hidden_size, encoder_layers, encoder_heads;
-  int64_t encoder_intermediate_size, num_robots;
+  int64_t image_size, patch_size, stem_residual_convolutions;
+  int64_t encoder_hidden_size, encoder_layers, encoder_heads, encoder_intermediate_size;
+  int64_t num_robots;
   double rope_theta;
   float rms_norm_eps;
   float image_mean[3], image_std[3];

@@ -14,7 +14,7 @@ constexpr int64_t kPicturesAtOnce = 16;  // bounds the memory of a pass
 void Model::prepare_pictures(Scratch& scratch) const {
   if (!scratch.pictures.empty()) return;
   for (const StemConvolution& c : stem_) {
-    const int64_t side = 2 * c.out_width + 2, size = side * side * c.in_channels;
+    const int64_t side = c.padded_width(), size = side * side * c.in_channels;
     AlignedArray<float> input;
     std::fill_n(input.ensure(size), size, 0.0f);
     scratch.pictures.push_back(std::move(input));
@@ -42,12 +42,20 @@ void Model::run_stem_of(Team& team, const uint8_t* pixels, float* out) {
     team.barrier();
     const StemConvolution& c = stem_[index];
     const bool is_last = index + 1 == stem_.size();
-    const int64_t in_row = (2 * c.out_width + 2) * c.in_channels;
+    const int64_t in_row = c.padded_width() * c.in_channels;
     const int64_t border = is_last ? 0 : 1, out_row = (c.out_width + 2 * border) * c.out_channels;
     float* to = is_last ? out : inputs[index + 1].data();
-    const Convolution convolution{inputs[index].data(), in_row,          c.in_channels,
-                                  c.panels.data(),      c.bias.data(),   c.out_channels,
-                                  c.out_width, to + border * (out_row + c.out_channels), out_row};
+    const Convolution convolution{inputs[index].data(),
+                                  in_row,
+                                  c.in_channels,
+                                  c.panels.data(),
+                                  c.bias.data(),
+                                  c.out_channels,
+                                  c.out_width,
+                                  to + border * (out_row + c.out_channels),
+                                  out_row,
+                                  c.stride,
+                                  c.is_residual()};
     const auto [first, last] = team.share(c.out_width * c.out_width);
     operators_.convolve(convolution, first, last);
   }

@@ -38,6 +38,7 @@ void check_config(const bitgen_engine_config& c) {
   }
   if (c.image_size == 0) return;
   require_size("patch_size", c.patch_size, 2, c.image_size);
+  require_size("stem_residual_convolutions", c.stem_residual_convolutions, 0, 64);
   require_size("encoder_hidden_size", c.encoder_hidden_size, 1, kMostOfAnything);
   require_size("encoder_layers", c.encoder_layers, 1, kMostOfAnything);
   require_size("encoder_heads", c.encoder_heads, 1, c.encoder_hidden_size);
@@ -170,12 +171,18 @@ void Model::make_stem() {
   constexpr double kVarianceFloor = 1e-3;
   const int64_t panel = operators_.panel_width;
   stem_.clear();
-  int64_t in_channels = 3, width = kFirstWidth, side = config_.image_size;
-  for (int64_t index = 0; (int64_t{1} << index) < config_.patch_size; ++index) {
-    const int64_t out_channels = std::min(width, kLastWidth);
-    width *= 2;
-    side /= 2;
-    const std::string stem = "image_encoder.stem.", number = std::to_string(index);
+  int64_t in_channels = 3, width = kFirstWidth, side = config_.image_size, residual = 0;
+  while (side > config_.image_size / config_.patch_size || residual > 0) {
+    const bool is_halving = residual == 0;
+    const int64_t out_channels = is_halving ? std::min(width, kLastWidth) : in_channels;
+    if (is_halving) {
+      residual = width == kFirstWidth ? 0 : config_.stem_residual_convolutions;
+      width *= 2;
+      side /= 2;
+    } else {
+      --residual;
+    }
+    const std::string stem = "image_encoder.stem.", number = std::to_string(stem_.size());
     const std::string norm = stem + "norms." + number + ".";
     const float* weight = float_tensor(stem + "convolutions." + number + ".weight",
                                        count_of(out_channels * in_channels, 9));
@@ -183,7 +190,7 @@ void Model::make_stem() {
     const float* bias = float_tensor(norm + "bias", out_channels);
     const float* mean = float_tensor(norm + "running_mean", out_channels);
     const float* variance = float_tensor(norm + "running_var", out_channels);
-    StemConvolution made{{}, {}, in_channels, out_channels, side};
+    StemConvolution made{{}, {}, in_channels, out_channels, side, is_halving ? 2 : 1};
     const int64_t padded = round_up(out_channels, panel), inputs = 9 * in_channels;
     made.panels.ensure(padded * inputs);
     made.bias.ensure(padded);

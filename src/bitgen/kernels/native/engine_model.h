@@ -52,7 +52,11 @@ struct Stack {
 
 struct StemConvolution {
   AlignedArray<float> panels, bias;  // batch norm is folded in
-  int64_t in_channels, out_channels, out_width;
+  int64_t in_channels, out_channels, out_width, stride;
+
+  // A stride of 1 keeps the picture's size, and the input is added to what comes out.
+  bool is_residual() const { return stride == 1; }
+  int64_t padded_width() const { return stride * out_width + 2; }  // of the input
 };
 
 // Tokens of one sequence among the rows of a pass.

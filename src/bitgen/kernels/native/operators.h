@@ -24,7 +24,7 @@ struct AttentionBlock {
 // A 3x3 convolution with stride 2 over a picture with a border of one zero pixel, channels last;
 // bias and ReLU follow.
 struct Convolution {
-  const float* input;        // [height + 2][width + 2][in_channels]
+  const float* input;        // [height + 2][width + 2][in_channels], with a border of zeros
   int64_t input_row;         // floats from one row of the input to the next
   int64_t in_channels;
   const float* panels;       // [ceil(out_channels / panel_width)][9 * in_channels][panel_width]
@@ -33,6 +33,8 @@ struct Convolution {
   int64_t out_width;
   float* out;                // pixel (y, x) at out + y * out_row + x * out_channels
   int64_t out_row;
+  int64_t stride;            // 1 or 2
+  bool is_residual;          // add the input, which has as many channels: stride 1 alone
 };
 
 struct Operators {
