@@ -209,7 +209,7 @@ def judge_robots(
             by_decoder_R = name_log_probabilities(reader, before, spelled)
             reader.rewind(start)
             words = [tokenizer.encode_task(subtask.subtask)]
-            by_selector_R = np.log(backend.robot_probabilities(words, [None], texts)[0])
+            by_selector_R = -np.logaddexp(0.0, -backend.robot_logits(words, [None], texts)[0])
             for name, scores_R in (
                 ("decoder", by_decoder_R),
                 ("selector", by_selector_R),

@@ -197,7 +197,11 @@ class Ours:
         )  # fmt: skip
         summary = trainer.train()
         assert summary.validation is not None
-        info = {"robot_threshold": summary.validation.robot_threshold}
+        found = summary.validation
+        info = {
+            "robot_threshold": found.robot_threshold,
+            "robot_temperature": found.robot_temperature,
+        }
         return BitGen(model, self._tokenizer, catalog, "cpu", info)
 
 
@@ -472,8 +476,8 @@ def _leave_one_out(
             found = []
             for seed in range(options.seeds):
                 model = ours.train(known, seen, seed, tower, "ternary")
-                scores_NR = probabilities(model, tasks, [robot])
-                found.append(average_precision(scores_NR[:, 0], suits_N))
+                scores_N = probabilities(model, tasks, catalog)[:, catalog.index(robot)]
+                found.append(average_precision(scores_N, suits_N))
             result = {
                 "robot": robot.name,
                 "catalog": catalog_name,

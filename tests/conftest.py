@@ -93,6 +93,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
                         "loss": 2.5,
                         "best_loss": 2.25,
                         "robot_threshold": 0.35,
+                        "robot_temperature": 4.0,
                     }
                 },
                 is_best=step == steps[0],

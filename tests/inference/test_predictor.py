@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -352,6 +353,7 @@ def test_the_threshold_that_validation_found_goes_with_run_and_artifact(
     for source in (run_dir, artifact):
         model = BitGen.load(source, device="cpu")
         assert model.robot_threshold == 0.35
+        assert model.robot_temperature == 4.0
         for threshold in (0.0, 0.5, 1.0):
             model.robot_threshold = threshold
             choices = model.select_robots("bring the ball")
@@ -360,6 +362,38 @@ def test_the_threshold_that_validation_found_goes_with_run_and_artifact(
             assert [choice.chosen for choice in choices] == expected
     with pytest.raises(InputError, match="0 to 1"):
         model.robot_threshold = -0.1
+
+
+def test_log_odds_are_logits_at_the_temperature_and_shared_words_of_unknown_robots(
+    make_run: MakeRun,
+) -> None:
+    """The same model under two temperatures tells the logits; the shared words stay as they are."""
+    catalog = [
+        load_catalog()[0],
+        Robot("Mole", ("digs tunnels",), (), ("soil",)),
+        Robot("Vole", ("gnaws roots",), (), ("soil",)),
+    ]
+    model = BitGen.load(make_run(), device="cpu")
+    task = "dig tunnels through the soil and look around"
+
+    def log_odds(temperature: float) -> np.ndarray:
+        again = BitGen(
+            model.model,
+            model.tokenizer,
+            model.catalog,
+            info={"robot_temperature": temperature},
+        )
+        found = {c.name: c.probability for c in again.select_robots(task, catalog=catalog)}
+        odds = np.array([found[robot.name] for robot in catalog])
+        values: np.ndarray = np.log(odds / (1 - odds))
+        return values
+
+    one, two = log_odds(1.0), log_odds(2.0)
+    # one = logits + words, two = logits / 2 + words; "tunnels" is in one of three texts, "soil" in
+    # two, and the first robot was trained on.
+    shared = [0.0, math.log(4 / 2) + math.log(4 / 3), math.log(4 / 3)]
+    assert 2 * two - one == pytest.approx(shared, abs=1e-4)
+    assert np.abs(one - two).max() > 0.01
 
 
 def test_robot_questions_that_are_refused(make_run: MakeRun) -> None:

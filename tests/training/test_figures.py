@@ -43,6 +43,7 @@ def test_figures_of_a_run(tmp_path: Path) -> None:
         "robot_loss": 0.5,
         "robot_exact_match": None,
         "robot_threshold": None,
+        "robot_temperature": None,
         "cider": None,
     }
     assert figures.best_validation == best

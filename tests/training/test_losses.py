@@ -9,7 +9,10 @@ import torch
 from bitgen.dataset.robots import chosen_robots
 from bitgen.model.experts import MixtureOfExperts, Routing
 from bitgen.training.losses import (
+    ROBOT_TEMPERATURES,
     ROBOT_THRESHOLDS,
+    at_temperature,
+    best_robot_temperature,
     best_robot_threshold,
     caption_loss,
     count_caption_targets,
@@ -25,6 +28,7 @@ from bitgen.training.losses import (
     load_balancing_loss,
     masked_token_loss,
     robot_loss,
+    robot_losses,
     router_z_loss,
 )
 
@@ -210,6 +214,26 @@ def test_another_threshold_than_one_half_needs_neighbours_and_evidence() -> None
     assert best_robot_threshold(little_better, 100) == (0.5, 30.0)
     much_better = [300.0] * 12 + [330.0] * 7
     assert best_robot_threshold(much_better, 1000) == (0.7, 330.0)
+
+
+def test_the_temperature_is_the_one_that_had_scaled_the_logits() -> None:
+    torch.manual_seed(0)
+    honest_BR = torch.randn(4000, 3) * 2
+    labels_BR = torch.bernoulli(honest_BR.sigmoid())
+    labels_BR[:100, 1] = float("nan")
+    losses_K, count = robot_losses(honest_BR * 4, labels_BR)
+    assert count == 4000 * 3 - 100
+    assert best_robot_temperature(losses_K.tolist()) == 4.0
+    own, _ = robot_loss(honest_BR, labels_BR)
+    assert losses_K[ROBOT_TEMPERATURES.index(4.0)] == pytest.approx(own.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_a_probability_at_a_temperature_is_that_of_the_divided_logit(temperature: float) -> None:
+    for probability in (0.05, 0.5, 0.95):
+        logit = torch.logit(torch.tensor(probability, dtype=torch.float64))
+        expected = (logit / temperature).sigmoid().item()
+        assert at_temperature(probability, temperature) == pytest.approx(expected, rel=1e-6)
 
 
 def test_image_word_loss_is_the_cross_entropy_with_the_words_of_rows_that_have_any() -> None:

@@ -34,6 +34,7 @@ from bitgen.training import checkpoint, objective, trainer
 from bitgen.training.checkpoint import load_checkpoint, open_run
 from bitgen.training.data_order import epoch_order
 from bitgen.training.loader import BatchLoader
+from bitgen.training.losses import ROBOT_TEMPERATURES
 from bitgen.training.objective import Objective
 from bitgen.training.trainer import Trainer
 
@@ -110,6 +111,8 @@ def test_it_learns_captions_and_robots_and_writes_the_whole_run(
     last = metrics(tmp_path / "run", "validation")[-1]
     assert last["robot_exact_match"] == 1.0 and last["loss"] == summary.validation.loss
     assert last["robot_threshold"] == summary.validation.robot_threshold
+    assert last["robot_temperature"] == summary.validation.robot_temperature
+    assert last["robot_temperature"] in ROBOT_TEMPERATURES
 
 
 def test_ternary_weights_train_under_bfloat16_and_are_saved_in_float32(

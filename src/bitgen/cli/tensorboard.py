@@ -142,6 +142,7 @@ class TensorBoardCallback(TrainerCallback):
                 "validation/robot_exact_match": report.robot_exact_match,
                 "validation/cider": report.cider,
                 "validation/robot_threshold": report.robot_threshold,
+                "validation/robot_temperature": report.robot_temperature,
             },
         )
         if self._samples:

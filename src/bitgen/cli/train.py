@@ -275,7 +275,7 @@ def train(
 
     from bitgen.cli.training_run import show_summary, train_on_console
     from bitgen.training.checkpoint import CONFIG_FILE, latest_run
-    from bitgen.training.distributed import joined_world
+    from bitgen.training.distributed import joined_world, leave_at_once
     from bitgen.training.events import TrainerCallback
     from bitgen.training.setup import DataSources, SetupObserver, prepare_resume, prepare_training
     from bitgen.training.trainer import Trainer
@@ -332,3 +332,4 @@ def train(
             show_summary(train_on_console(prepare, resume=resume, log_dir=logs_to), json=json)
         else:
             prepare(SetupObserver(), TrainerCallback()).train(resume=resume)
+    leave_at_once(world)

@@ -135,6 +135,7 @@ def show_summary(summary: TrainingSummary, json: bool) -> None:
                 "robot_exact_match": validation.robot_exact_match if validation else None,
                 "cider": validation.cider if validation else None,
                 "robot_threshold": validation.robot_threshold if validation else None,
+                "robot_temperature": validation.robot_temperature if validation else None,
                 "best_step": summary.best_step,
                 "best_loss": summary.best_loss,
                 "best_cider": summary.best_cider,
@@ -180,6 +181,7 @@ def figure_rows(figures: RunFigures) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     if figures.best_validation is not None:
         best = dict(figures.best_validation)
+        best.pop("robot_temperature")
         rows.append(("best validation", f"step {best.pop('step'):,}: {_judged_words(**best)}"))
     if figures.padding_share is not None:
         rows.append(("padding", f"{figures.padding_share:.1%} of text positions"))
@@ -225,6 +227,6 @@ def _judged_words(
     if robot_loss is not None:
         parts.append(f"robot loss {robot_loss:.3f}")
     if robot_exact_match is not None:
-        at = "" if robot_threshold is None else f" at {robot_threshold}"
+        at = "" if robot_threshold is None else f" at {robot_threshold:.2f}"
         parts.append(f"robots right {robot_exact_match:.1%}{at}")
     return ", ".join(parts) or "without captions, robot tasks or plans that have a loss"

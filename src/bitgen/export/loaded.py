@@ -138,6 +138,7 @@ def describe_run(run: RunFiles) -> dict[str, Any]:
         "training_loss": progress.get("loss"),
         "best_validation_loss": progress.get("best_loss"),
         "robot_threshold": progress.get("robot_threshold"),
+        "robot_temperature": progress.get("robot_temperature"),
         "data": _without_folders(run.data),
         "training": _without_folders(run.training.to_dict()),
     }

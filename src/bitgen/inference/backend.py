@@ -54,7 +54,7 @@ class Reply(NamedTuple):
     """What a backend says about one picture; what was not asked for is None."""
 
     generation: Generation | None
-    robot_probabilities_R: np.ndarray | None
+    robot_logits_R: np.ndarray | None
     """float32 `[R]`, in the order of the catalog."""
 
 
@@ -85,13 +85,13 @@ class Backend(Protocol):
         """
         ...
 
-    def robot_probabilities(
+    def robot_logits(
         self,
         task_ids: Sequence[list[int]],
         pixels: Sequence[np.ndarray | None],
         robots: RobotTexts,
     ) -> np.ndarray:
-        """float32 `[B, R]`: how well each robot, judged by itself, suits each task.
+        """float32 `[B, R]`: log odds that each robot, judged by itself, suits each task.
 
         Args:
             task_ids: `<task>` and the words of each task.

@@ -28,13 +28,11 @@ MOST_REASONS = 5
 
 _Item = TypeVar("_Item")
 _PARTS = ("task", "robot", "picture")
-# What float32 can tell from certainty.
-_LEAST = 1e-7
 
 TaskScorer = Callable[[Sequence[str], "Sequence[np.ndarray | None]"], np.ndarray]
-"""Probabilities `[B, R]` of tasks in words, each with its pixels uint8 `[3, S, S]` or None."""
+"""Log odds `[B, R]` of tasks in words, each with its pixels uint8 `[3, S, S]` or None."""
 TextScorer = Callable[[Sequence[str], Sequence[str]], np.ndarray]
-"""Probabilities `[N]` for the task and picture in question, of robots by name and text."""
+"""Log odds `[N]` for the task and picture in question, of robots by name and text."""
 
 
 def explain(
@@ -57,12 +55,12 @@ def explain(
         score_tasks: asks the model for other tasks or pictures.
         score_texts: asks it for other texts of a robot.
     """
-    whole_R = _log_odds(score_tasks([task], [pixels_3SS]))[0]
+    whole_R = score_tasks([task], [pixels_3SS])[0]
     reasons: dict[str, list[Reason]] = {name: [] for name in names}
 
     words = task.split()
     without = [" ".join(left) for left in _each_left_out(words)]
-    losses_WR = whole_R - _log_odds(score_tasks(without, [pixels_3SS] * len(without)))
+    losses_WR = whole_R - score_tasks(without, [pixels_3SS] * len(without))
     for word, losses_R in zip(words, losses_WR.tolist(), strict=True):
         for name, loss in zip(names, losses_R, strict=True):
             reasons[name].append(Reason("task", loss, word))
@@ -73,14 +71,14 @@ def explain(
         for word, left in zip(text.split(), _each_left_out(text.split()), strict=True)
     ]
     of_robot = dict(zip(names, whole_R.tolist(), strict=True))
-    scores_N = _log_odds(score_texts([name for name, _, _ in variants], [t for *_, t in variants]))
+    scores_N = score_texts([name for name, _, _ in variants], [t for *_, t in variants])
     for (name, word, _), score in zip(variants, scores_N.tolist(), strict=True):
         reasons[name].append(Reason("robot", of_robot[name] - score, word))
 
     if pixels_3SS is not None:
         boxes = _boxes()
         hidden = [_without_box(pixels_3SS, box) for box in boxes]
-        losses_KR = whole_R - _log_odds(score_tasks([task] * len(boxes), hidden))
+        losses_KR = whole_R - score_tasks([task] * len(boxes), hidden)
         for box, losses_R in zip(boxes, losses_KR.tolist(), strict=True):
             for name, loss in zip(names, losses_R, strict=True):
                 reasons[name].append(Reason("picture", loss, box=box))
@@ -89,12 +87,6 @@ def explain(
 
 def _each_left_out(items: Sequence[_Item]) -> list[list[_Item]]:
     return [[*items[:index], *items[index + 1 :]] for index in range(len(items))]
-
-
-def _log_odds(probabilities: np.ndarray) -> np.ndarray:
-    p = np.clip(probabilities.astype(np.float64), _LEAST, 1 - _LEAST)
-    odds: np.ndarray = np.log(p / (1 - p))
-    return odds
 
 
 def _boxes() -> list[tuple[float, float, float, float]]:

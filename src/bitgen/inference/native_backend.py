@@ -221,13 +221,13 @@ class NativeBackend:
             self._last_picture = (pixels[0].copy(), self._engine.encode_images(pixels[0][None]))
         return self._last_picture[1]
 
-    def robot_probabilities(
+    def robot_logits(
         self,
         task_ids: Sequence[list[int]],
         pixels: Sequence[np.ndarray | None],
         robots: RobotTexts,
     ) -> np.ndarray:
-        """See `Backend.robot_probabilities`: all tasks in one pass."""
+        """See `Backend.robot_logits`: all tasks in one pass."""
         present = [picture for picture in pixels if picture is not None]
         encoded = iter(self._encode(present) if present else ())
         images = [None if picture is None else next(encoded) for picture in pixels]
@@ -246,14 +246,11 @@ class NativeBackend:
         images: Sequence[np.ndarray | None],
         robots: RobotTexts,
     ) -> np.ndarray:
-        """float32 `[B, R]` of tasks with image tokens `[P, C]` or without."""
+        """Logits, float32 `[B, R]`, of tasks with image tokens `[P, C]` or without."""
         if robots != self._robots:
             self._robots_RC = self._engine.encode_robots(robots.ids)
             self._robots = robots
-        logits_BR = self._engine.robot_logits(task_ids, images, self._robots_RC, robots.names)
-        with np.errstate(over="ignore"):  # the exponential of what is as good as impossible
-            probability_BR: np.ndarray = 1 / (1 + np.exp(-logits_BR))
-        return probability_BR
+        return self._engine.robot_logits(task_ids, images, self._robots_RC, robots.names)
 
 
 @dataclass

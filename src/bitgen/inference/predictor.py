@@ -16,6 +16,7 @@ import contextlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ import numpy as np
 from bitgen.config import DEVICES, BitGenConfig
 from bitgen.dataset.plan_grammar import PlanFormat, PlanGrammar, PlanLimits
 from bitgen.dataset.plans import Subtask
-from bitgen.dataset.robots import Robot, chosen_robots, load_catalog
+from bitgen.dataset.robots import Robot, SharedWords, chosen_robots, load_catalog
 from bitgen.dataset.tokenizer import Tokenizer
 from bitgen.errors import ImageError, InputError
 from bitgen.inference.answers import Answer, Caption, Generation, Picture, RobotChoice
@@ -62,6 +63,8 @@ __all__ = ["Answer", "BitGen", "Caption", "CaptionOptions", "Picture", "RobotCho
 
 DEFAULT_ROBOT_THRESHOLD = 0.5
 """Of models that were not validated on robot tasks."""
+DEFAULT_ROBOT_TEMPERATURE = 1.0
+"""Of the same models."""
 
 
 class BitGen:
@@ -109,6 +112,10 @@ class BitGen:
         self._plan_format: PlanFormat | None = None
         tuned = info.get("robot_threshold")
         self._robot_threshold = DEFAULT_ROBOT_THRESHOLD if tuned is None else float(tuned)
+        temperature = info.get("robot_temperature")
+        self._robot_temperature = (
+            DEFAULT_ROBOT_TEMPERATURE if temperature is None else float(temperature)
+        )
         self._native = native
         self._torch = torch_backend
         self._open_torch = open_torch
@@ -227,6 +234,14 @@ class BitGen:
             )
         self._robot_threshold = float(threshold)
 
+    @property
+    def robot_temperature(self) -> float:
+        """What logits of robots are divided by, so that probabilities are calibrated.
+
+        The validation of the training found it (temperature scaling, arXiv 1706.04599).
+        """
+        return self._robot_temperature
+
     def set_catalog(self, catalog: Sequence[Robot] | str | Path) -> None:
         """Choose from other robots from now on, given as a list or as a catalog's JSON file."""
         self._catalog = _read_catalog(catalog)
@@ -299,7 +314,7 @@ class BitGen:
         if len(prompts) != len(pictures):
             raise InputError(f"{len(pictures)} pictures, but {len(prompts)} prompts.")
         captions = []
-        for answer in self._answers(pictures, prompts, options, True, None):
+        for answer in self._answers(pictures, prompts, options, True):
             if answer.error is not None:
                 raise answer.error
             assert answer.caption is not None
@@ -333,12 +348,16 @@ class BitGen:
             InputError: a prompt or task that is empty or too long, no robots to choose from, or a
                 model that cannot do what is asked.
         """
-        request = None
+        request, ranked = None, None
         if task is not None:
-            request = TaskRequest(
-                self._task_ids([task], has_pictures=True)[0], self._texts(self._robots(catalog))
-            )
-        return self._answers(images, [prompt], options or CaptionOptions(), captions, request)
+            robots = self._robots(catalog)
+            (ids,) = self._task_ids([task], has_pictures=True)
+            request = TaskRequest(ids, self._texts(robots))
+            shared = SharedWords([robot.text() for robot in robots])
+            ranked = partial(self._choices, task=task, robots=robots, shared=shared)
+        return self._answers(
+            images, [prompt], options or CaptionOptions(), captions, request, ranked
+        )
 
     def _answers(
         self,
@@ -346,9 +365,13 @@ class BitGen:
         prompts: Sequence[str],
         options: CaptionOptions,
         writes: bool,
-        task: TaskRequest | None,
+        task: TaskRequest | None = None,
+        ranked: Callable[[np.ndarray], list[RobotChoice]] | None = None,
     ) -> Generator[Answer, None, None]:
-        """Check and start; `prompts` has one for each picture, or one for all."""
+        """Check and start; `prompts` has one for each picture, or one for all.
+
+        `ranked` makes choices of the logits `[R]` of the task's robots.
+        """
         tokenizer = self.tokenizer
         words = [tokenizer.encode(prompt) for prompt in prompts]
         backend = self._backend_for(options)
@@ -384,12 +407,11 @@ class BitGen:
                     yield from _unreadable(waiting)
                     picture, ids, pixels = waiting.popleft()
                     assert not isinstance(pixels, ImageError)
-                    yield Answer(
-                        picture,
-                        self._caption(ids, reply.generation),
-                        self._ranked(task, reply.robot_probabilities_R),
-                        pixels_3SS=pixels,
-                    )
+                    robots = None
+                    if ranked is not None and reply.robot_logits_R is not None:
+                        robots = ranked(reply.robot_logits_R)
+                    caption = self._caption(ids, reply.generation)
+                    yield Answer(picture, caption, robots, pixels_3SS=pixels)
                 yield from _unreadable(waiting)
 
         return run()
@@ -436,7 +458,9 @@ class BitGen:
         if len(pictures) != len(tasks):
             raise InputError(f"{len(tasks)} tasks, but {len(pictures)} pictures.")
         check_batch_size(batch_size)
-        texts = self._texts(self._robots(catalog))
+        robots = self._robots(catalog)
+        texts = self._texts(robots)
+        shared = SharedWords([robot.text() for robot in robots])
         backend = self._backend_for(CaptionOptions())
         ranked: list[list[RobotChoice]] = []
         present = [picture for picture in pictures if picture is not None]
@@ -444,12 +468,14 @@ class BitGen:
             for start in range(0, len(tasks), batch_size):
                 batch = pictures[start : start + batch_size]
                 pixels = [None if picture is None else _next_pixels(decoded) for picture in batch]
-                task_ids = self._task_ids(
-                    tasks[start : start + batch_size],
-                    has_pictures=any(picture is not None for picture in batch),
-                )
-                probabilities_BR = backend.robot_probabilities(task_ids, pixels, texts)
-                ranked += [self._choices(texts, row_R) for row_R in probabilities_BR]
+                words = tasks[start : start + batch_size]
+                has_pictures = any(picture is not None for picture in batch)
+                task_ids = self._task_ids(words, has_pictures)
+                logits_BR = backend.robot_logits(task_ids, pixels, texts)
+                ranked += [
+                    self._choices(logits_R, task, robots, shared)
+                    for task, logits_R in zip(words, logits_BR, strict=True)
+                ]
         return ranked
 
     @property
@@ -514,14 +540,15 @@ class BitGen:
         limits = PlanLimits(options.max_subtasks, options.max_subtask_tokens, max(1, max_tokens))
         grammar = PlanGrammar(self._plan_format, [robot.name for robot in robots], limits)
         texts = self._texts(robots) if by_selector else None
+        described = [(robot.name, robot.text()) for robot in robots]
+        shared = SharedWords([text for _, text in described])
 
         def robot_scores(words: str) -> np.ndarray:
             assert texts is not None
             task_ids = self._task_ids([words], has_pictures=pixels is not None)
-            with np.errstate(divide="ignore"):
-                scores_R: np.ndarray = np.log(
-                    backend.robot_probabilities(task_ids, [pixels], texts)[0]
-                )
+            logits_R = backend.robot_logits(task_ids, [pixels], texts)[0]
+            log_odds_R = self._log_odds(logits_R, words, described, shared)
+            scores_R: np.ndarray = -np.logaddexp(0.0, -log_odds_R)  # log of the probability
             return scores_R
 
         reader = backend.read_text(prompt_ids, seen, limits.max_tokens)
@@ -555,6 +582,8 @@ class BitGen:
         check_batch_size(batch_size)
         robots = self._robots(catalog)
         texts = self._texts(robots)
+        described = [(robot.name, robot.text()) for robot in robots]
+        shared = SharedWords([text for _, text in described])
         backend = self._backend_for(CaptionOptions())
         pixels_3SS = image
         if image is not None and not isinstance(image, np.ndarray):
@@ -565,20 +594,26 @@ class BitGen:
 
         def score_tasks(tasks: Sequence[str], pixels: Sequence[np.ndarray | None]) -> np.ndarray:
             ids = [self.tokenizer.encode_task(words) for words in tasks]
-            return np.concatenate(
+            logits_BR = np.concatenate(
                 [
-                    backend.robot_probabilities(
+                    backend.robot_logits(
                         ids[start : start + batch_size], pixels[start : start + batch_size], texts
                     )
                     for start in range(0, len(ids), batch_size)
                 ]
             )
+            return np.stack(
+                [
+                    self._log_odds(logits_R, words, described, shared)
+                    for words, logits_R in zip(tasks, logits_BR, strict=True)
+                ]
+            )
 
         def score_texts(names: Sequence[str], words: Sequence[str]) -> np.ndarray:
             ids = tuple(tuple(self.tokenizer.encode_robot(text)) for text in words)
-            return np.concatenate(
+            logits_N = np.concatenate(
                 [
-                    backend.robot_probabilities(
+                    backend.robot_logits(
                         [whole_ids],
                         [pixels_3SS],
                         RobotTexts(
@@ -589,11 +624,13 @@ class BitGen:
                     for start in range(0, len(ids), batch_size)
                 ]
             )
+            of_robots = list(zip(names, words, strict=True))
+            return self._log_odds(logits_N, task, of_robots, shared)
 
         return explain(
             choices,
             texts.names,
-            [robot.text() for robot in robots],
+            [text for _, text in described],
             task,
             pixels_3SS,
             score_tasks,
@@ -625,19 +662,34 @@ class BitGen:
         check_text_lengths(lengths, "text of a robot", 0, self.config.max_positions)
         return RobotTexts(tuple(robot.name for robot in robots), ids)
 
-    def _ranked(
-        self, task: TaskRequest | None, probabilities_R: np.ndarray | None
-    ) -> list[RobotChoice] | None:
-        if task is None or probabilities_R is None:
-            return None
-        return self._choices(task.robots, probabilities_R)
-
-    def _choices(self, robots: RobotTexts, probabilities_R: np.ndarray) -> list[RobotChoice]:
+    def _choices(
+        self, logits_R: np.ndarray, task: str, robots: Sequence[Robot], shared: SharedWords
+    ) -> list[RobotChoice]:
         """The robots with their probabilities, the likeliest first."""
-        probabilities = probabilities_R.tolist()
+        described = [(robot.name, robot.text()) for robot in robots]
+        log_odds_R = self._log_odds(logits_R, task, described, shared)
+        probabilities = np.exp(-np.logaddexp(0.0, -log_odds_R)).tolist()
         chosen = chosen_robots(probabilities, self._robot_threshold)
-        choices = map(RobotChoice, robots.names, probabilities, chosen)
+        choices = map(RobotChoice, [robot.name for robot in robots], probabilities, chosen)
         return sorted(choices, key=lambda choice: -choice.probability)
+
+    def _log_odds(
+        self,
+        logits_N: np.ndarray,
+        task: str,
+        robots: Sequence[tuple[str, str]],
+        shared: SharedWords,
+    ) -> np.ndarray:
+        """float64 `[N]`: how likely each robot, by name and text, suits, from the model's logits.
+
+        A robot that was not trained on has no bias of its own; the words that its text shares with
+        the task stand in for it.
+        """
+        evidence_N = [
+            0.0 if name in self._trained_robots else shared.evidence(task, text)
+            for name, text in robots
+        ]
+        return logits_N.astype(np.float64) / self._robot_temperature + evidence_N
 
     def _backend_for(self, options: CaptionOptions) -> Backend:
         """The native engine, unless there is none or it cannot do this."""

@@ -52,7 +52,7 @@ class TorchBackend:
                 generations = self._generations(batch, vocabulary, options)
             robots: np.ndarray | list[None] = [None] * len(batch)
             if task is not None:
-                robots = self.robot_probabilities(
+                robots = self.robot_logits(
                     [task.ids] * len(batch), [request.pixels_3SS for request in batch], task.robots
                 )
             yield from itertools.starmap(Reply, zip(generations, robots, strict=True))
@@ -88,13 +88,13 @@ class TorchBackend:
         return self._graphs
 
     @torch.inference_mode()
-    def robot_probabilities(
+    def robot_logits(
         self,
         task_ids: Sequence[list[int]],
         pixels: Sequence[np.ndarray | None],
         robots: RobotTexts,
     ) -> np.ndarray:
-        """See `Backend.robot_probabilities`: all tasks in one batch."""
+        """See `Backend.robot_logits`: all tasks in one batch."""
         if robots != self._robots_in_model:
             self.model.set_robots(robots.names, *pad_rows([list(ids) for ids in robots.ids], 0))
             self._robots_in_model = robots
@@ -115,8 +115,8 @@ class TorchBackend:
             return_robot_selection=True,
         )
         assert output.robot_logits is not None
-        probability_BR: np.ndarray = output.robot_logits.sigmoid().cpu().numpy()
-        return probability_BR
+        logits_BR: np.ndarray = output.robot_logits.float().cpu().numpy()
+        return logits_BR
 
     @torch.inference_mode()
     def read_text(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -112,6 +113,19 @@ def joined_world() -> Iterator[World]:
         torch.distributed.all_reduce(last)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def leave_at_once(world: World) -> None:
+    """End this process with success where it is one of several; its work is done and written.
+
+    A thread of gloo may still be letting go of the last tensors. It asks for the interpreter's
+    lock, and if the interpreter is being taken down by then, the thread is ended in the middle of
+    C++ and takes the process with it (SIGABRT): torchrun would train again what is done.
+    """
+    if world.size > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def replicated(module: nn.Module, device: torch.device) -> nn.Module:

@@ -77,6 +77,7 @@ class ValidationReport:
     robot_loss: float | None
     robot_exact_match: float | None  # share of tasks with every robot judged right, 0 to 1
     robot_threshold: float | None  # at this probability, the best for these tasks
+    robot_temperature: float | None  # with logits divided by it, which gives the best probabilities
     cider: float | None  # CIDEr-D of greedy captions, where the best is chosen by it
     is_best: bool
     seconds: float

@@ -20,8 +20,8 @@ class RunFigures:
     last_skipped: str | None
     """Why the last skipped update was skipped."""
     best_validation: Mapping[str, Any] | None
-    """`step`, `loss`, `plan_loss`, `robot_loss`, `robot_exact_match`, `robot_threshold` and `cider`
-    of the best validation."""
+    """`step`, `loss`, `plan_loss`, `robot_loss`, `robot_exact_match`, `robot_threshold`,
+    `robot_temperature` and `cider` of the best validation."""
     ternary_step: int | None
     """The update after which the ternary weights were counted last."""
     ternary_shares: tuple[float, float, float] | None
@@ -54,7 +54,8 @@ def read_figures(path: Path) -> RunFigures:
     why = skipped[-1]["skipped"] if skipped else None
     best = [line for line in metrics if line["kind"] == "validation" and line.get("is_best")]
     names = (
-        "step", "loss", "plan_loss", "robot_loss", "robot_exact_match", "robot_threshold", "cider",
+        "step", "loss", "plan_loss", "robot_loss", "robot_exact_match", "robot_threshold",
+        "robot_temperature", "cider",
     )  # fmt: skip
     weights = [line for line in metrics if line["kind"] == "weights"]
     last = weights[-1] if weights else {}

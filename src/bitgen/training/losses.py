@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 ROBOT_THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 """Probabilities from which a robot may be chosen, 0.05 to 0.95: validation takes the best."""
+ROBOT_TEMPERATURES = tuple(round(2 ** (step / 4), 3) for step in range(-4, 17))
+"""What robots' logits may be divided by, 1/2 to 16: validation takes the best."""
 
 
 def caption_targets(labels_BL: torch.Tensor, ahead: int = 1) -> torch.Tensor:
@@ -162,6 +164,32 @@ def robot_loss(
         robot_logits_BR[labelled].float(), robot_labels_BR[labelled].float(), reduction="sum"
     )
     return loss, labelled.sum()
+
+
+def robot_losses(
+    robot_logits_BR: torch.Tensor, robot_labels_BR: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`robot_loss` with the logits divided by each of the `ROBOT_TEMPERATURES`: (sums, count)."""
+    logits_BR = robot_logits_BR.float()
+    losses = [robot_loss(logits_BR / t, robot_labels_BR)[0] for t in ROBOT_TEMPERATURES]
+    return torch.stack(losses), (~robot_labels_BR.isnan()).sum()
+
+
+def best_robot_temperature(losses_K: Sequence[float]) -> float:
+    """The one of `ROBOT_TEMPERATURES` whose probabilities are likeliest to give the labels.
+
+    Temperature scaling (arXiv 1706.04599, section 4.2): one number, so few labels find it, and the
+    order of the robots stays.
+    """
+    return ROBOT_TEMPERATURES[min(range(len(losses_K)), key=lambda index: losses_K[index])]
+
+
+def at_temperature(probability: float, temperature: float) -> float:
+    """The probability that a robot has with its logit divided by `temperature`, from that without.
+
+    Both are above 0 and below 1.
+    """
+    return 1 / (1 + (1 / probability - 1) ** (1 / temperature))
 
 
 def count_exact_matches(

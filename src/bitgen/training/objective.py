@@ -22,6 +22,7 @@ from bitgen.model.bitgen import BitGenModel, BitGenOutput
 from bitgen.training.amp import autocast
 from bitgen.training.caption_judge import CaptionJudge
 from bitgen.training.losses import (
+    ROBOT_TEMPERATURES,
     ROBOT_THRESHOLDS,
     caption_loss,
     count_caption_targets,
@@ -36,6 +37,7 @@ from bitgen.training.losses import (
     load_balancing_loss,
     masked_token_loss,
     robot_loss,
+    robot_losses,
     router_z_loss,
     self_critical_loss,
 )
@@ -44,9 +46,10 @@ from bitgen.training.self_critical import SampledCaptions, SelfCritic
 FIGURES = (
     "caption", "tokens", "plan", "plan_tokens", "robot", "labels", "tasks",
     *(f"matches_{threshold}" for threshold in ROBOT_THRESHOLDS),
+    *(f"robot_at_{temperature}" for temperature in ROBOT_TEMPERATURES),
 )  # fmt: skip
 """What `judge` gives: sums of losses, what to divide them by, and the tasks whose robots are all
-judged right at each threshold."""
+judged right at each threshold, and the robots' loss at each temperature."""
 
 
 class LossSums(NamedTuple):
@@ -334,7 +337,8 @@ class Objective(nn.Module):
             labels = batch.robot_labels
             figures += robot_loss(output.robot_logits, labels)
             matches_T, num_tasks = count_exact_matches(output.robot_logits, labels)
-            figures += [num_tasks, *matches_T]
+            losses_K, _ = robot_losses(output.robot_logits, labels)
+            figures += [num_tasks, *matches_T, *losses_K]
         return torch.stack([figure.double() for figure in figures]).cpu()
 
     def judge_captions(self, judge: CaptionJudge, batch: Batch) -> torch.Tensor:

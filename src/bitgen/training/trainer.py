@@ -69,7 +69,10 @@ from bitgen.training.gradients import GradientBuffers
 from bitgen.training.interrupts import DeferredSignals
 from bitgen.training.loader import BatchLoader
 from bitgen.training.losses import (
+    ROBOT_TEMPERATURES,
     ROBOT_THRESHOLDS,
+    at_temperature,
+    best_robot_temperature,
     best_robot_threshold,
     count_image_words,
     expert_load,
@@ -133,7 +136,8 @@ class _Progress:
     best_step: int | None = None
     best_loss: float | None = None
     best_cider: float | None = None
-    robot_threshold: float | None = None  # the best one at the last validation
+    robot_threshold: float | None = None  # the best ones at the last validation
+    robot_temperature: float | None = None
     validations_since_best: int = 0
     validation_pending: bool = False  # a signal came before this step's validation was done
     usual_log_norm: float = 0.0  # running mean of the logarithm of the gradient norm
@@ -920,7 +924,10 @@ class Trainer:
         robot_exact_match = None
         if figures["tasks"]:
             matches_T = [figures[f"matches_{threshold}"] for threshold in ROBOT_THRESHOLDS]
-            progress.robot_threshold, matches = best_robot_threshold(matches_T, figures["tasks"])
+            threshold, matches = best_robot_threshold(matches_T, figures["tasks"])
+            losses_K = [figures[f"robot_at_{temperature}"] for temperature in ROBOT_TEMPERATURES]
+            progress.robot_temperature = best_robot_temperature(losses_K)
+            progress.robot_threshold = at_temperature(threshold, progress.robot_temperature)
             robot_exact_match = matches / figures["tasks"]
         is_judged = text_loss is not None or robot_loss is not None
         if cider is not None:
@@ -942,6 +949,7 @@ class Trainer:
             robot_loss=robot_loss,
             robot_exact_match=robot_exact_match,
             robot_threshold=progress.robot_threshold if figures["tasks"] else None,
+            robot_temperature=progress.robot_temperature if figures["tasks"] else None,
             cider=cider,
             is_best=is_best,
             seconds=time.perf_counter() - started,
