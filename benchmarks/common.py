@@ -23,6 +23,7 @@ from bitgen.console import console
 from bitgen.dataset.images import available_cpus
 from bitgen.errors import BitGenError, InputError
 
+STEM_FIELDS = ("patch_size", "stem_residual_convolutions")
 _Case = TypeVar("_Case")
 
 
@@ -45,6 +46,17 @@ def describe_machine() -> dict[str, Any]:
 def make_parser(documentation: str | None) -> argparse.ArgumentParser:
     """A parser described by the first line of a benchmark's `__doc__`."""
     return argparse.ArgumentParser(description=(documentation or "").partition("\n")[0])
+
+
+def add_stem_options(parser: argparse.ArgumentParser) -> None:
+    """Options for the stem of the vit encoder, on which time and memory of a size depend."""
+    for name in STEM_FIELDS:
+        parser.add_argument(f"--{name}", type=int, help="Default: the size's own.")
+
+
+def stem_of(arguments: argparse.Namespace) -> dict[str, int | None]:
+    """What `add_stem_options` was given, as changes of a preset; None is the size's own."""
+    return {name: getattr(arguments, name) for name in STEM_FIELDS}
 
 
 def interleave(

@@ -27,7 +27,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import interleave, make_parser, run, seconds_of, show_result
+from common import (
+    STEM_FIELDS,
+    add_stem_options,
+    interleave,
+    make_parser,
+    run,
+    seconds_of,
+    show_result,
+    stem_of,
+)
 from training_step import StepClock
 
 from bitgen.config import DEVICES, MODEL_SIZES, BitGenConfig, TrainingConfig
@@ -50,7 +59,7 @@ MOST_LENGTH_SECONDS = 3.0
 
 def main() -> int:
     arguments = read_arguments()
-    config = BitGenConfig.preset(arguments.model_size)
+    config = BitGenConfig.preset(arguments.model_size, **stem_of(arguments))
     training = TrainingConfig(device=arguments.device, batch_size=arguments.batch_size)
     images = load_coco([arguments.coco_data], "train")
     if len(images) < arguments.batch_size:
@@ -95,6 +104,7 @@ def main() -> int:
     figures: dict[str, Any] = {
         "model_size": arguments.model_size,
         "image_size": config.image_size,
+        **{name: getattr(config, name) for name in STEM_FIELDS},
         "batch_size": arguments.batch_size,
         "device": str(resolve_device(arguments.device)),
         "images": len(images),
@@ -140,6 +150,7 @@ def read_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--coco_data", type=Path, default=Path("../shared/coco"))
     parser.add_argument("--model_size", choices=MODEL_SIZES, default="tiny")
+    add_stem_options(parser)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num_images", type=int, default=1024, help="Loaded and trained on.")

@@ -18,11 +18,12 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common import make_parser, run, show_result
+from common import STEM_FIELDS, add_stem_options, make_parser, run, show_result, stem_of
 
 from bitgen.config import MODEL_SIZES, BitGenConfig, TrainingConfig
 from bitgen.console import console, file_size
@@ -50,6 +51,17 @@ class Case:
     batch_size: int
     quantization: str
     precision: str
+    patch_size: int | None
+    stem_residual_convolutions: int | None
+
+    def config(self) -> BitGenConfig:
+        """The architecture."""
+        return BitGenConfig.preset(
+            self.model_size,
+            quantization=self.quantization,
+            patch_size=self.patch_size,
+            stem_residual_convolutions=self.stem_residual_convolutions,
+        )
 
 
 def main() -> int:
@@ -59,7 +71,7 @@ def main() -> int:
         console.json({"bytes": peak_resident_bytes()})
         return 0
     results, failures = [], []
-    cases = make_cases(arguments.model_sizes)
+    cases = make_cases(arguments.model_sizes, stem_of(arguments))
     with console.progress("Measuring") as bar:
         for done, case in enumerate(cases):
             bar.update(done, len(cases), f"{case.model_size} {case.precision}")
@@ -87,13 +99,14 @@ def main() -> int:
 def read_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--model_sizes", nargs="+", choices=MODEL_SIZES, default=list(MODEL_SIZES))
+    add_stem_options(parser)
     # How this file calls itself:
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def make_cases(model_sizes: list[str]) -> list[Case]:
+def make_cases(model_sizes: list[str], stem: Mapping[str, int | None]) -> list[Case]:
     """One of each size, and of tiny one of each precision, ternary and not."""
     chosen = str(resolve_precision("auto", resolve_device("cpu")))
     auto = "bf16" if chosen == "torch.bfloat16" else "fp32"
@@ -101,7 +114,7 @@ def make_cases(model_sizes: list[str]) -> list[Case]:
     for size in model_sizes:
         every = [(weights, p) for weights in ("ternary", "none") for p in ("bf16", "fp32")]
         kinds = every if size == "tiny" else [("ternary", auto)]
-        cases += [Case(size, BATCH_SIZES[size], *kind) for kind in kinds]
+        cases += [Case(size, BATCH_SIZES[size], *kind, **stem) for kind in kinds]
     return cases
 
 
@@ -111,13 +124,18 @@ def compare(case: Case, folder: Path) -> dict[str, Any]:
         folder / "scenes",
         num_train=2 * case.batch_size,
         num_val=4,
-        image_size=BitGenConfig.preset(case.model_size).image_size,
+        image_size=case.config().image_size,
     )
-    options = {**asdict(case), "weights_every": 2, "device": "cpu"}
+    options = {**asdict(case), "max_steps": UPDATES, "weights_every": 2, "device": "cpu"}
     estimate = last_json(
         *("-m", "bitgen", "train", "--dry_run", "--json", "--coco_data", folder / "scenes"),
         *("--robot_data", folder / "scenes" / "robots_train.json"),
-        *(word for name, value in options.items() for word in (f"--{name}", value)),
+        *(
+            word
+            for name, value in options.items()
+            if value is not None
+            for word in (f"--{name}", value)
+        ),
     )
     predicted, measured = estimate["memory"]["total"], None
     if estimate["fits"]:
@@ -156,8 +174,9 @@ def train(case: Case, folder: Path) -> None:
         DataSources([scenes], robot_data=[scenes / "robots_train.json"]),
         folder / "run",
         model_size=case.model_size,
-        model_changes={"quantization": case.quantization},
-        training=TrainingConfig(
+        model_changes={name: getattr(case, name) for name in ("quantization", *STEM_FIELDS)},
+        training=TrainingConfig.for_model(
+            case.config(),
             max_steps=UPDATES,
             batch_size=case.batch_size,
             warmup_steps=1,

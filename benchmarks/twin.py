@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from common import interleave, make_parser, run, show_result
+from common import add_stem_options, interleave, make_parser, run, show_result, stem_of
 
 from bitgen.config import DEVICES, MODEL_SIZES, BitGenConfig, TrainingConfig
 from bitgen.dataset.collate import Batch, Collator, Sample
@@ -79,6 +79,7 @@ def main() -> int:
         "rounds": arguments.rounds,
         "clock": arguments.clock,
         "device": str(device),
+        **stem_of(arguments),
         "cases": cases,
     }
     columns = (
@@ -90,6 +91,7 @@ def main() -> int:
 def read_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--model_sizes", nargs="+", choices=MODEL_SIZES, default=["tiny"])
+    add_stem_options(parser)
     parser.add_argument(
         "--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"]
     )
@@ -114,7 +116,12 @@ def time_twins(
     """The figures of one size and precision, a mode after the other."""
     batch_size = arguments.batch_size or BATCH_SIZES[size]
     twins = {
-        quantization: make_twin(size, quantization, precision, batch_size, device)
+        quantization: make_twin(
+            BitGenConfig.preset(size, quantization=quantization, **stem_of(arguments)),
+            precision,
+            batch_size,
+            device,
+        )
         for quantization in ("ternary", "none")
     }
     clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
@@ -153,12 +160,10 @@ def time_twins(
     gc.collect()
 
 
-def make_twin(
-    size: str, quantization: str, precision: str, batch_size: int, device: torch.device
-) -> Twin:
-    """A model of that size, and what trains it by one step on the next batch."""
+def make_twin(config: BitGenConfig, precision: str, batch_size: int, device: torch.device) -> Twin:
+    """A model, and what trains it by one step on the next batch."""
     torch.manual_seed(0)
-    model = BitGenModel(BitGenConfig.preset(size, quantization=quantization)).to(device)
+    model = BitGenModel(config).to(device)
     model.train()
     training = TrainingConfig()
     optimizer = make_optimizer(model, training.learning_rate, training.weight_decay)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -72,3 +73,108 @@ def test_unknown_names_are_refused() -> None:
 def test_impossible_trainings_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TrainingConfig(**changes)
+
+
+# The recipe of a size -----------------------------------------------------------------------------
+
+RECIPE = {
+    "batch_size": 64,
+    "norm_batch": 64,
+    "schedule": "cosine",
+    "min_learning_rate": 2e-4,
+    "word_pretraining_steps": None,
+    "word_pretraining_image_size": 96,
+    "word_mixup": 0.2,
+}
+
+
+def changed(training: TrainingConfig) -> dict[str, Any]:
+    """What is not as in a training without a recipe."""
+    usual = TrainingConfig().to_dict()
+    return {name: value for name, value in training.to_dict().items() if value != usual[name]}
+
+
+@pytest.mark.parametrize("size", MODEL_SIZES)
+def test_tiny_and_small_have_the_stem_and_the_recipe_for_photographs(size: str) -> None:
+    config = BitGenConfig.preset(size)
+    is_for_photographs = size in ("tiny", "small")
+    stem = (config.patch_size, config.stem_residual_convolutions)
+    assert stem == ((32, 1) if is_for_photographs else (16, 0))
+    assert changed(TrainingConfig.for_model(config)) == (RECIPE if is_for_photographs else {})
+
+
+def test_what_is_given_wins_over_the_recipe_and_none_is_not_given() -> None:
+    given = {
+        "batch_size": 32,
+        "norm_batch": 4,
+        "schedule": "two_stage",
+        "min_learning_rate": 1e-5,
+        "word_pretraining_steps": 0,
+        "word_pretraining_image_size": 0,
+        "word_mixup": 0.0,
+    }
+    tiny = BitGenConfig.preset("tiny")
+    assert TrainingConfig.for_model(tiny, **given) == TrainingConfig()
+    assert changed(TrainingConfig.for_model(tiny, **dict.fromkeys(given), seed=3)) == {
+        **RECIPE,
+        "seed": 3,
+    }
+    assert TrainingConfig.for_model(tiny, word_pretraining_steps=7).word_pretraining_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("model", "training", "from_scratch"),
+    [
+        ({"freeze_encoder": True}, {}, True),
+        ({"image_encoder": "resnet50"}, {}, True),
+        ({"image_encoder": "hf:dinov2"}, {}, True),
+        ({}, {"image_word_weight": 0.0}, True),
+        ({}, {"objective": "self_critical"}, True),
+        ({}, {}, False),
+    ],
+    ids=str,
+)
+def test_there_is_no_word_pretraining_where_it_teaches_nothing(
+    model: dict[str, Any], training: dict[str, Any], from_scratch: bool
+) -> None:
+    config = BitGenConfig.preset("small", **model)
+    found = changed(TrainingConfig.for_model(config, from_scratch, **training))
+    assert found.items() >= {"batch_size": 64, "norm_batch": 64, "schedule": "cosine"}.items()
+    assert ("min_learning_rate" in found) == from_scratch
+    assert not any(name.startswith("word_") for name in found)
+
+
+def test_word_pretraining_that_contradicts_itself_is_refused_where_it_is_asked_for() -> None:
+    with pytest.raises(ConfigError, match="image_word_weight is 0"):
+        TrainingConfig.for_model(
+            BitGenConfig.preset("tiny"), word_pretraining_steps=5, image_word_weight=0.0
+        )
+    with pytest.raises(ConfigError, match="word_pretraining_steps must not be negative"):
+        TrainingConfig(word_pretraining_steps=-1)
+
+
+@pytest.mark.parametrize("model", [{"image_size": 96}, {"image_size": 192, "patch_size": 64}])
+def test_pictures_of_word_pretraining_are_never_larger_and_fit_the_patches(
+    model: dict[str, Any],
+) -> None:
+    training = TrainingConfig.for_model(BitGenConfig.preset("tiny", **model))
+    assert training.word_pretraining_steps is None
+    assert training.word_pretraining_image_size == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "total", "expected"),
+    [(None, 18_440, 11_064), (None, 3, 1), (None, 1, 0), (None, 0, 0), (7, 3, 7), (0, 100, 0)],
+)
+def test_updates_of_word_pretraining(given: int | None, total: int, expected: int) -> None:
+    training = TrainingConfig(word_pretraining_steps=given)
+    assert training.count_word_pretraining(total) == expected
+
+
+def test_what_was_stored_before_there_was_a_recipe_reads_as_before() -> None:
+    model = BitGenConfig.preset("tiny", patch_size=16, stem_residual_convolutions=0)
+    stored = model.to_dict()
+    del stored["patch_size"], stored["stem_residual_convolutions"]
+    assert BitGenConfig.from_dict(stored) == model
+    training = {n: v for n, v in TrainingConfig().to_dict().items() if n not in RECIPE}
+    assert TrainingConfig.from_dict(training) == TrainingConfig()

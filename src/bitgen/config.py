@@ -25,6 +25,8 @@ PARALLEL_STRATEGIES = ("ddp", "fsdp")
 OBJECTIVES = ("caption", "mlm", "self_critical")
 BEST_BY = ("auto", "loss", "cider")
 MAX_PREDICT_TOKENS = 8
+WORD_PRETRAINING_PERCENT = 60
+"""Share of all updates that word pretraining takes where no number is given."""
 
 _Config = TypeVar("_Config", bound="_JsonConfig")
 
@@ -220,21 +222,24 @@ class BitGenConfig(_JsonConfig):
 
 def _preset(
     width: int, layers: int, heads: int, feed_forward: int, vocabulary: int, image: int,
-    encoder: tuple[int, int, int, int],
+    encoder: tuple[int, int, int, int], **stem: int,
 ) -> dict[str, Any]:  # fmt: skip
     encoder_width, encoder_layers, encoder_heads, encoder_feed_forward = encoder
     return {
         "hidden_size": width, "num_layers": layers, "num_heads": heads, "num_kv_heads": heads,
         "intermediate_size": feed_forward, "vocab_size": vocabulary, "image_size": image,
         "encoder_hidden_size": encoder_width, "encoder_layers": encoder_layers,
-        "encoder_heads": encoder_heads, "encoder_intermediate_size": encoder_feed_forward,
+        "encoder_heads": encoder_heads, "encoder_intermediate_size": encoder_feed_forward, **stem,
     }  # fmt: skip
 
 
+# Learns to see photographs from scratch (docs/training.md). A stored configuration that names no
+# stem has the dataclass's, so these are not its defaults.
+_PHOTOGRAPHS = {"patch_size": 32, "stem_residual_convolutions": 1}
 _PRESETS: dict[str, dict[str, Any]] = {
     "nano": _preset(256, 3, 4, 512, 4096, 96, encoder=(256, 2, 4, 512)),
-    "tiny": _preset(256, 6, 4, 768, 8192, 160, encoder=(256, 4, 4, 768)),
-    "small": _preset(512, 8, 8, 1536, 16384, 224, encoder=(512, 6, 8, 1536)),
+    "tiny": _preset(256, 6, 4, 768, 8192, 160, encoder=(256, 4, 4, 768), **_PHOTOGRAPHS),
+    "small": _preset(512, 8, 8, 1536, 16384, 224, encoder=(512, 6, 8, 1536), **_PHOTOGRAPHS),
     "base": _preset(768, 12, 12, 2048, 16384, 224, encoder=(768, 8, 12, 2048)),
     "large": _preset(1536, 24, 24, 4096, 32768, 224, encoder=(1024, 12, 16, 2816)),
 }
@@ -242,7 +247,10 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TrainingConfig(_JsonConfig):
-    """How one run is trained: what is given is what is used."""
+    """How one run is trained: what is given is what is used.
+
+    `TrainingConfig.for_model(config)` gives what `bitgen train` takes for a model's size.
+    """
 
     num_epochs: int = _field(10, "Passes over the training set.")
     batch_size: int = _field(32, "Samples a step and process, before accumulation.")
@@ -282,9 +290,10 @@ class TrainingConfig(_JsonConfig):
     router_z_weight: float = _field(
         0.001, "Weight of the loss that keeps the scores of the experts' router small."
     )
-    word_pretraining_steps: int = _field(
+    word_pretraining_steps: int | None = _field(
         0, "First updates, which train the image encoder alone, on the words of the captions."
     )
+    """None: `WORD_PRETRAINING_PERCENT` of all updates, once their number is known."""
     word_pretraining_image_size: int = _field(
         0, "Side of the pictures in those updates, for vit: smaller ones are faster; 0: full size."
     )
@@ -311,8 +320,9 @@ class TrainingConfig(_JsonConfig):
     augment: bool = _field(True, "Vary pictures in training (crop, colour, mirror where true).")
     norm_batch: int = _field(
         4,
-        "Pictures by whose common means and variances the convolutions of vit are normalised. More"
-        " learn sooner; accumulated batches equal a large one where their size is a multiple.",
+        "Pictures by whose common means and variances the convolutions of vit are normalised, a"
+        " batch's at most. More learn sooner; accumulated batches equal a large one where their"
+        " size is a multiple.",
     )
     cached_views: int = _field(
         1,
@@ -399,7 +409,6 @@ class TrainingConfig(_JsonConfig):
             "future_token_weight",
             "load_balance_weight",
             "router_z_weight",
-            "word_pretraining_steps",
             "cross_entropy_weight",
             "word_pretraining_image_size",
             "word_mixup",
@@ -411,6 +420,10 @@ class TrainingConfig(_JsonConfig):
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.word_pretraining_steps is not None and self.word_pretraining_steps < 0:
+            raise ConfigError(
+                f"word_pretraining_steps must not be negative, got {self.word_pretraining_steps}."
+            )
         if self.num_sampled_captions < 2:
             raise ConfigError(
                 "num_sampled_captions must be at least 2, because each is judged by the others; got"
@@ -446,9 +459,65 @@ class TrainingConfig(_JsonConfig):
         if not 0 < self.mlm_probability < 1:
             raise ConfigError(f"mlm_probability must be in (0, 1), got {self.mlm_probability}.")
 
+    @classmethod
+    def for_model(
+        cls, config: BitGenConfig, from_scratch: bool = True, **changes: Any
+    ) -> TrainingConfig:
+        """How `bitgen train` trains a model of that size, with fields changed by keyword.
+
+        Args:
+            config: the architecture. Sizes without a recipe of their own have the defaults.
+            from_scratch: whether all weights start at random. Only then do the recipe's learning
+                rates hold, and its word pretraining where the image encoder is a vit that learns.
+            changes: fields of TrainingConfig that win over the recipe; None for its value.
+
+        Raises:
+            ConfigError: a value that is not possible.
+        """
+        given = {name: value for name, value in changes.items() if value is not None}
+        recipe: dict[str, Any] = {}
+        if config.model_size in _RECIPE_SIZES:
+            recipe |= _RECIPE
+            if from_scratch:
+                recipe |= _RECIPE_FROM_SCRATCH
+                if _learns_words(config, given):
+                    recipe |= _word_pretraining(config)
+        return cls(**{**recipe, **given})
+
+    def count_word_pretraining(self, total_updates: int) -> int:
+        """How many of so many updates train the image encoder alone."""
+        if self.word_pretraining_steps is None:
+            return total_updates * WORD_PRETRAINING_PERCENT // 100
+        return self.word_pretraining_steps
+
     @property
     def judges_by_cider(self) -> bool:
         """Whether validation captions pictures, and the best checkpoint is that of most CIDEr."""
         if self.best_by == "auto":
             return self.objective == "self_critical"
         return self.best_by == "cider"
+
+
+_RECIPE_SIZES = ("tiny", "small")
+_RECIPE = {"batch_size": 64, "norm_batch": 64, "schedule": "cosine"}
+_RECIPE_FROM_SCRATCH = {"min_learning_rate": 2e-4}
+_WORD_IMAGE_SIZE = 96
+
+
+def _learns_words(config: BitGenConfig, given: Mapping[str, Any]) -> bool:
+    """Whether pretraining on words has an image encoder to teach, and a loss to do it by."""
+    return (
+        config.image_encoder == "vit"
+        and not config.freeze_encoder
+        and given.get("image_word_weight", TrainingConfig.image_word_weight) != 0
+        and given.get("objective") != "self_critical"  # a second stage, after all others
+    )
+
+
+def _word_pretraining(config: BitGenConfig) -> dict[str, Any]:
+    fits = config.image_size > _WORD_IMAGE_SIZE and _WORD_IMAGE_SIZE % config.patch_size == 0
+    return {
+        "word_pretraining_steps": None,
+        "word_pretraining_image_size": _WORD_IMAGE_SIZE if fits else 0,
+        "word_mixup": 0.2,
+    }

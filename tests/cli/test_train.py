@@ -22,6 +22,7 @@ from bitgen.dataset.tokenizer import Tokenizer
 from bitgen.export.loaded import load_run
 from bitgen.export.safetensors import load_artifact
 from bitgen.training.checkpoint import open_run
+from bitgen.training.estimate import estimate_memory
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -412,6 +413,115 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_the_same_weights(
     assert first_lines[0]["loss"] != first_lines[1]["loss"]
 
 
+# The recipe of tiny and small ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def photographs(scenes: Path, small_training: list[str]) -> list[object]:
+    """Options of a training of tiny, small enough, that name nothing of its recipe."""
+    return [
+        *("--coco_data", scenes, "--model_size", "tiny", "--image_size", "64"),
+        *("--warmup_steps", "1", "--precision", "fp32", *small_training[-4:]),
+    ]
+
+
+def test_tiny_learns_words_first_and_goes_on_with_as_many(
+    run, photographs: list[object], tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    finished = run("train", *photographs, "--num_epochs", 3, "--output_dir", output)
+    assert finished.code == 0, finished.stderr
+    assert "The first 1 steps train the image encoder alone" in finished.stderr
+    training = open_run(output).training
+    assert (training.batch_size, training.norm_batch, training.schedule) == (64, 64, "cosine")
+    assert (training.min_learning_rate, training.word_mixup) == (2e-4, 0.2)
+    assert training.word_pretraining_steps == 1  # of 3: an update an epoch
+    assert training.word_pretraining_image_size == 0  # not above the 64 px of the pictures
+    config = open_run(output).config
+    assert (config.patch_size, config.stem_residual_convolutions) == (32, 1)
+    assert "1 updates on image words first, batches of 64" in run("info", output).stdout
+
+    longer = run("train", "--resume", "--output_dir", output, "--num_epochs", 6, *photographs[-2:])
+    assert longer.code == 0, longer.stderr
+    assert open_run(output).training.word_pretraining_steps == 1
+    losses = [line["loss"] for line in metrics(output) if line["kind"] == "train"]
+    assert [loss is None for loss in losses] == [True] + [False] * 5
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), (60, 0, 0.2)),
+        (("--image_size", "160"), (60, 96, 0.2)),
+        (("--word_pretraining_steps", "0"), (0, 0, 0.2)),
+        (("--word_pretraining_steps", "5", "--word_mixup", "0"), (5, 0, 0.0)),
+        (("--freeze_encoder",), (0, 0, 0.0)),
+        (("--image_encoder", "resnet18"), (0, 0, 0.0)),
+        (("--image_word_weight", "0"), (0, 0, 0.0)),
+    ],
+    ids=str,
+)
+def test_where_words_are_learnt_first(
+    run,
+    photographs: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    expected: tuple[int, int, float],
+) -> None:
+    estimated = []
+
+    def estimate(config: object, training: object, shape: object) -> object:
+        estimated.append(training)
+        return estimate_memory(config, training, shape)
+
+    monkeypatch.setattr("bitgen.training.estimate.estimate_memory", estimate)
+    monkeypatch.setattr("bitgen.training.estimate.free_bytes", lambda device: 1000)
+    finished = run("train", "--dry_run", "--json", *photographs, "--max_steps", 100, *options)
+    assert finished.code == 0, finished.stderr
+    (training,) = estimated
+    found = finished.json()["word_pretraining_updates"]
+    assert (found, training.word_pretraining_image_size, training.word_mixup) == expected
+
+
+def test_a_training_that_starts_from_tiny_learns_no_words_first(
+    run, photographs: list[object], scenes: Path, tmp_path: Path
+) -> None:
+    first = run(
+        "train", *photographs, "--max_steps", 1, "--batch_size", 8, "--output_dir", tmp_path / "a"
+    )
+    assert first.code == 0, first.stderr
+    second = run(
+        *("train", "--coco_data", scenes, "--initial_model", tmp_path / "a", "--max_steps", 3),
+        *("--warmup_steps", 1, "--output_dir", tmp_path / "b", *photographs[-4:]),
+    )
+    assert second.code == 0, second.stderr
+    training = open_run(tmp_path / "b").training
+    assert (training.batch_size, training.norm_batch, training.schedule) == (64, 64, "cosine")
+    assert (training.word_pretraining_steps, training.min_learning_rate) == (0, 1e-5)
+
+
+def test_word_pretraining_asked_for_where_it_cannot_be_is_refused(
+    run, photographs: list[object], tmp_path: Path
+) -> None:
+    for options, word in (
+        (("--image_encoder", "resnet18", "--word_pretraining_image_size", 96), "resnet18"),
+        (("--image_word_weight", 0, "--word_pretraining_steps", 5), "image_word_weight"),
+    ):
+        refused = run("train", *photographs, *options, "--output_dir", tmp_path / "run")
+        assert refused.code == 2
+        assert word in refused.stderr
+
+
+def test_help_says_what_the_sizes_take(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    text = " ".join(run("train", "--help").stdout.split())
+    assert "Default: 60% of the updates for tiny and small, else 0." in text
+    assert "Default: 64 for tiny and small, else 32." in text
+    assert "Default: 32 for tiny and small, else 16." in text
+    assert "Default: 96 for nano, 160 for tiny, else 224." in text
+
+
 # What it would take, without training ------------------------------------------------------------
 
 
@@ -439,6 +549,20 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
     assert found["exported_bytes"] == sum(part["exported_bytes"] for part in found["parts"])
     assert list(tmp_path.iterdir()) == []
     assert sorted(scenes.rglob("*")) == before
+
+
+def test_a_dry_run_counts_updates_of_words_by_their_own_time(
+    run, scenes: Path, small_training: list[str]
+) -> None:
+    command = ("train", "--dry_run", "--coco_data", scenes, *small_training)
+    finished = run(*command, "--word_pretraining_steps", 3, "--json")
+    assert finished.code == 0, finished.stderr
+    found = finished.json()
+    assert found["word_pretraining_updates"] == 3
+    whole, words = found["seconds_per_update"], found["seconds_per_word_update"]
+    assert found["seconds_in_total"] == pytest.approx(whole + 3 * words)
+    table = run(*command, "--word_pretraining_steps", 3).stdout
+    assert "the first 3 updates, of the image encoder alone" in table
 
 
 def test_a_dry_run_that_does_not_fit_warns(

@@ -977,6 +977,50 @@ def test_word_pretraining_moves_the_image_side_alone_and_then_captions_begin(
     assert any(not torch.equal(after_words[name], after_captions[name]) for name in layers)
 
 
+def test_a_share_of_all_updates_becomes_a_number_that_stays(
+    workshop: Any, events: Any, make_training: MakeTraining, tmp_path: Path
+) -> None:
+    training = make_training(max_steps=5, word_pretraining_steps=None, batch_size=8)
+    workshop.trainer(tmp_path / "run", training, callback=events).train()
+    assert [step.loss is None for step in events.of("step")] == [True] * 3 + [False] * 2
+    assert events.of("start")[0].word_pretraining_steps == 3
+    recorded = open_run(tmp_path / "run").training
+    assert recorded.word_pretraining_steps == 3
+    longer = dataclasses.replace(recorded, max_steps=10)
+    workshop.trainer(tmp_path / "run", longer).train(resume=True)
+    assert open_run(tmp_path / "run").training.word_pretraining_steps == 3
+
+
+def test_without_captioned_pictures_there_is_no_word_pretraining(
+    workshop: Any, events: Any, make_training: MakeTraining, tmp_path: Path
+) -> None:
+    training = make_training(max_steps=2, word_pretraining_steps=None)
+    train_set = workshop.dataset(training, True, images=[])
+    made = workshop.trainer(tmp_path / "run", training, train_set=train_set, callback=events)
+    made.train()
+    assert events.of("start")[0].word_pretraining_steps == 0
+    assert all(step.robot_loss is not None for step in events.of("step"))
+
+
+def test_patience_begins_with_captions(
+    workshop: Any, make_training: MakeTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = torch.ones(len(objective.FIGURES), dtype=torch.float64)
+    monkeypatch.setattr(Objective, "judge", lambda self, batch: same)
+    options = {"max_steps": 9, "word_pretraining_steps": 4, "eval_every": 1, "patience": 2}
+    training = make_training(**options, batch_size=8)
+    assert workshop.trainer(tmp_path / "run", training).train().steps == 6
+
+
+def test_each_part_of_a_training_has_a_warm_up(
+    workshop: Any, events: Any, make_training: MakeTraining, tmp_path: Path
+) -> None:
+    training = make_training(max_steps=5, word_pretraining_steps=3, warmup_steps=2, batch_size=8)
+    workshop.trainer(tmp_path / "run", training, callback=events).train()
+    (message,) = (message for message in events.of("warning") if "warm-up" in message)
+    assert "not over within the 2 of what follows:" in message
+
+
 def test_word_pretraining_needs_the_image_word_loss() -> None:
     with pytest.raises(ConfigError, match="image_word_weight"):
         TrainingConfig(word_pretraining_steps=5, image_word_weight=0.0)

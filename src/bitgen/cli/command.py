@@ -7,13 +7,14 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 
 from bitgen.cli.failures import describe_failure
-from bitgen.config import BitGenConfig, TrainingConfig
+from bitgen.config import WORD_PRETRAINING_PERCENT, BitGenConfig, TrainingConfig
 from bitgen.console import console
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -36,19 +37,21 @@ def config_options(
     config: type[BitGenConfig] | type[TrainingConfig],
     names: Sequence[str],
     panel: str,
-    of_the_size: Sequence[str] = (),
+    by_size: Mapping[str, BitGenConfig | TrainingConfig],
 ) -> list[inspect.Parameter]:
     """One option for each field of a configuration, with the field's words, choices and default.
 
-    Fields `of_the_size` have no default here: the model size decides.
+    `by_size` has the configuration of each model size: a field in which they differ has no default
+    here, because the size decides, and says which it takes.
     """
     fields = {field.name: field for field in dataclasses.fields(config)}
     parameters = []
     for name in names:
         field = fields[name]
         kind, default, help = _KINDS[str(field.type)], field.default, field.metadata["help"]
-        if name in of_the_size:
-            kind, default, help = kind | None, None, f"{help} Default: the size's own."
+        value_of = {size: getattr(preset, name) for size, preset in by_size.items()}
+        if len(set(value_of.values())) > 1:
+            kind, default, help = kind | None, None, f"{help} Default: {_values_words(value_of)}."
         option = typer.Option(
             f"--{name}/--no_{name}" if default is True else f"--{name}",
             help=help,
@@ -59,6 +62,20 @@ def config_options(
             inspect.Parameter(name, _KEYWORD, default=default, annotation=Annotated[kind, option])
         )
     return parameters
+
+
+def _values_words(value_of: Mapping[str, Any]) -> str:
+    """What each size takes, for a person: the commonest value last."""
+    commonest, *others = (value for value, _ in Counter(value_of.values()).most_common())
+    words = []
+    for value in others:
+        sizes = [size for size, of_size in value_of.items() if of_size == value]
+        words.append(f"{_value_words(value)} for {' and '.join(sizes)}")
+    return f"{', '.join(words)}, else {_value_words(commonest)}"
+
+
+def _value_words(value: Any) -> str:
+    return f"{WORD_PRETRAINING_PERCENT}% of the updates" if value is None else str(value)
 
 
 def add_command(

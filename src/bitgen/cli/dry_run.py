@@ -105,6 +105,9 @@ def _show_time(estimate: TrainingEstimate) -> None:
         ("samples of an epoch", f"{estimate.train_samples:,}"),
         ("updates", f"{estimate.updates_per_epoch:,} an epoch, {estimate.total_updates:,} in all"),
     ]
+    if estimate.word_pretraining_updates:
+        words = f"the first {estimate.word_pretraining_updates:,} updates"
+        rows.append(("word pretraining", f"{words}, of the image encoder alone"))
     seconds, epoch, total = (
         estimate.seconds_per_update,
         estimate.seconds_per_epoch,
@@ -113,8 +116,10 @@ def _show_time(estimate: TrainingEstimate) -> None:
     if seconds is None or epoch is None or total is None:
         rows.append(("time", f"not measured: {estimate.why_not_timed}"))
     else:
+        rows.append(("an update", f"{seconds:.2f} s, without loading and validation"))
+        if estimate.seconds_per_word_update is not None:
+            rows.append(("one of words", f"{estimate.seconds_per_word_update:.2f} s"))
         rows += [
-            ("an update", f"{seconds:.2f} s, without loading and validation"),
             ("an epoch", duration(epoch)),
             ("the training", duration(total)),
         ]

@@ -41,11 +41,13 @@ _RUN_FIELDS = (
     "weights_every", "precision", "device", "parallel", "num_workers", "compile",
     "activation_checkpointing",
 )  # fmt: skip
+_MODELS = {size: BitGenConfig.preset(size) for size in MODEL_SIZES}
+_RECIPES = {size: TrainingConfig.for_model(model) for size, model in _MODELS.items()}
 TRAIN_OPTIONS = [
-    *config_options(TrainingConfig, _DATA_FIELDS, DATA),
-    *config_options(BitGenConfig, _MODEL_FIELDS, MODEL, of_the_size=("image_size",)),
-    *config_options(TrainingConfig, _TRAINING_FIELDS, TRAINING),
-    *config_options(TrainingConfig, _RUN_FIELDS, RUN),
+    *config_options(TrainingConfig, _DATA_FIELDS, DATA, _RECIPES),
+    *config_options(BitGenConfig, _MODEL_FIELDS, MODEL, _MODELS),
+    *config_options(TrainingConfig, _TRAINING_FIELDS, TRAINING, _RECIPES),
+    *config_options(TrainingConfig, _RUN_FIELDS, RUN, _RECIPES),
 ]
 
 
@@ -252,7 +254,18 @@ def train(
         "tokenizer": tokenizer,
         "initial_model": None if initial_model is None else model_path(initial_model),
     }
-    training = TrainingConfig(**training_changes)
+
+    def new_training() -> TrainingConfig:
+        """By the recipe of the model's size, where nothing else is given."""
+        if sources["initial_model"] is not None:
+            from bitgen.training.initial_model import open_initial_model
+
+            config = open_initial_model(sources["initial_model"]).config
+        else:
+            config = BitGenConfig.preset(model_size, **model_changes)
+        from_scratch = initial_model is None and encoder_weights is None
+        return TrainingConfig.for_model(config, from_scratch, **training_changes)
+
     if dry_run:
         from bitgen.cli.dry_run import show_estimate
         from bitgen.cli.training_run import ConsoleObserver
@@ -265,7 +278,7 @@ def train(
             DataSources(**sources),
             asked_size,
             asked_changes,
-            training,
+            new_training(),
             ConsoleObserver(),
             encoder_weights,
             cache_dir,
@@ -318,7 +331,7 @@ def train(
                 run_dir,
                 model_size=asked_size,
                 model_changes=asked_changes,
-                training=training,
+                training=new_training(),
                 encoder_weights=encoder_weights,
                 cache_dir=cache_dir,
                 overwrite=overwrite,

@@ -62,6 +62,11 @@ class ConsoleCallback(TrainerCallback):
             f"Training {start.num_parameters:,} parameters on {start.train_samples:,} samples"
             f" ({start.device}, {start.precision}): {start.total_steps:,} steps to {start.run_dir}"
         )
+        if start.first_step < start.word_pretraining_steps:
+            console.note(
+                f"The first {start.word_pretraining_steps:,} steps train the image encoder alone,"
+                " on the words of the captions."
+            )
         if start.first_step:
             console.note(f"Going on after step {start.first_step:,}.")
         for difference in start.differences:

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ HEAP_FACTOR = 1.4
 """Heap over what lives in it, of activations on a CPU. PyTorch asks glibc for aligned blocks, and a
 hole that one leaves is then too small for the next of the same size. One number for all models,
 batches and precisions: the mean, 1.42, of six cases of benchmarks/training_memory.py (1.17 to 1.70:
-nano, tiny, small; ternary or not; bf16 or fp32) with glibc 2.36."""
+nano, tiny, small, with patches of 16 pixels; ternary or not; bf16 or fp32) with glibc 2.36."""
 
 _TIMED_UPDATES = 2
 _TIMED_PICTURES = 8
@@ -235,10 +235,13 @@ def free_bytes(device: torch.device) -> int | None:
 # Time -------------------------------------------------------------------------------------------
 
 
-def time_update(config: BitGenConfig, training: TrainingConfig, shape: BatchShape) -> float:
-    """Seconds of an update on synthetic batches: the mean of two, after one that is not counted.
+def time_updates(
+    config: BitGenConfig, training: TrainingConfig, shape: BatchShape, kinds: Sequence[bool]
+) -> list[float]:
+    """Seconds of an update of each kind: `words_only` of word pretraining, or not.
 
-    It takes the memory of a training. Decoding and augmenting pictures is not counted.
+    Each is the mean of two on synthetic batches, after one that is not counted. It takes the memory
+    of a training. Decoding and augmenting pictures is not counted.
 
     Raises:
         ConfigError: a device or precision that this machine does not have.
@@ -253,13 +256,16 @@ def time_update(config: BitGenConfig, training: TrainingConfig, shape: BatchShap
     if caches_features(config, training):
         batch = make_batch(config, shape, empty_pictures(model, training, shape.rows).normal_())
     rehearsal = Rehearsal(model, training, batch, shape.robot_length, device, dtype)
-    rehearsal.update()
-    _wait_for(device)
-    started = time.perf_counter()
-    for _ in range(_TIMED_UPDATES):
-        rehearsal.update()
-    _wait_for(device)
-    return (time.perf_counter() - started) / _TIMED_UPDATES
+    seconds = []
+    for words_only in kinds:
+        rehearsal.update(words_only)
+        _wait_for(device)
+        started = time.perf_counter()
+        for _ in range(_TIMED_UPDATES):
+            rehearsal.update(words_only)
+        _wait_for(device)
+        seconds.append((time.perf_counter() - started) / _TIMED_UPDATES)
+    return seconds
 
 
 def time_features(config: BitGenConfig, training: TrainingConfig) -> float:
@@ -326,9 +332,11 @@ class TrainingEstimate:
         train_samples: captions (or pictures) and robot tasks of one epoch.
         updates_per_epoch: updates of one epoch.
         total_updates: of the whole training.
-        seconds_per_update: measured; None where it was not.
-        seconds_per_epoch: by that.
-        seconds_in_total: by that; validations and loading are not counted.
+        word_pretraining_updates: the first of them, which train the image encoder alone.
+        seconds_per_update: of the others, measured; None where it was not.
+        seconds_per_word_update: of word pretraining, measured; None where it was not.
+        seconds_per_epoch: by that, an epoch of captions.
+        seconds_in_total: by both; validations and loading are not counted.
         why_not_timed: why time was not measured; None where it was.
         features: of a frozen image encoder; None where none are cached.
     """
@@ -346,7 +354,9 @@ class TrainingEstimate:
     train_samples: int
     updates_per_epoch: int
     total_updates: int
+    word_pretraining_updates: int
     seconds_per_update: float | None
+    seconds_per_word_update: float | None
     seconds_per_epoch: float | None
     seconds_in_total: float | None
     why_not_timed: str | None
@@ -390,15 +400,20 @@ def estimate_training(
     memory = estimate_memory(config, training, shape)
     free = free_bytes(device)
     fits = None if free is None else memory.total - memory.process <= free
-    seconds, why_not = None, None
-    if fits:
-        observer.on_note(f"Timing {_TIMED_UPDATES + 1} updates on synthetic pictures.")
-        seconds = time_update(config, training, shape)
-    else:
-        why_not = "free memory is not known" if fits is None else "it does not fit in memory"
     num_samples = len(sets[0])
     updates = math.ceil(num_samples / (training.batch_size * training.grad_accumulation))
     total = training.max_steps or updates * training.num_epochs
+    word_updates = min(total, training.count_word_pretraining(total))
+    seconds, word_seconds, in_total, why_not = None, None, None, None
+    if fits:
+        kinds = [False, True] if word_updates else [False]
+        num_timed = len(kinds) * (_TIMED_UPDATES + 1)
+        observer.on_note(f"Timing {num_timed} updates on synthetic pictures.")
+        seconds, *of_words = time_updates(config, training, shape, kinds)
+        word_seconds = of_words[0] if of_words else None
+        in_total = seconds * (total - word_updates) + (word_seconds or 0.0) * word_updates
+    else:
+        why_not = "free memory is not known" if fits is None else "it does not fit in memory"
     return TrainingEstimate(
         model_size=config.model_size,
         quantization=config.quantization,
@@ -413,9 +428,11 @@ def estimate_training(
         train_samples=num_samples,
         updates_per_epoch=updates,
         total_updates=total,
+        word_pretraining_updates=word_updates,
         seconds_per_update=seconds,
+        seconds_per_word_update=word_seconds,
         seconds_per_epoch=None if seconds is None else seconds * updates,
-        seconds_in_total=None if seconds is None else seconds * total,
+        seconds_in_total=in_total,
         why_not_timed=why_not,
         features=_estimate_features(data, model, training, cache_dir, is_timed=bool(fits)),
     )

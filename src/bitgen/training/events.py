@@ -14,6 +14,7 @@ class TrainingStart:
     run_dir: Path
     first_step: int  # updates already made, by the run that is resumed
     total_steps: int
+    word_pretraining_steps: int  # of them, the first, which train the image encoder alone
     num_epochs: int
     device: str
     num_processes: int

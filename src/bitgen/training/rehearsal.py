@@ -284,16 +284,19 @@ class Rehearsal:
         self._statistics = TernaryStatistics(model)
         self._optimizer.step()
 
-    def update(self) -> None:
-        """One update of the weights, of as many micro-batches as the training has."""
+    def update(self, words_only: bool = False) -> None:
+        """One update of the weights, of as many micro-batches as the training has.
+
+        With `words_only` it is one of word pretraining.
+        """
         if self._training.weights_every:
             self._statistics.remember()
         self._gradients.zero()
         batches = [self._batch] * self._training.grad_accumulation
-        captions = [self._captions] * len(batches)
-        counts = self._objective.counts(batches, words_only=False, sampled=captions)
-        for batch in batches:
-            sums = self._objective(batch, sampled=self._captions).sums
+        captions = [None if words_only else self._captions] * len(batches)
+        counts = self._objective.counts(batches, words_only, captions)
+        for batch, sampled in zip(batches, captions, strict=True):
+            sums = self._objective(batch, words_only, sampled).sums
             loss = self._objective.total(sums, counts)
             if loss.requires_grad:
                 loss.backward()

@@ -246,11 +246,16 @@ class Trainer:
         self._val_loader = BatchLoader(self._val_set or train_set, *options)
         self._tokenizer = tokenizer
         self._catalog = list(catalog)
-        self._training = training
         self._run_dir = Path(output_dir)
         self._data_info: dict[str, Any] = json.loads(json.dumps(dict(data_info)))
         self._callbacks = list(callbacks) if self._world.is_main else []
         self._progress = _Progress()
+        self._training = training
+        # Without captioned pictures there are no words to learn.
+        self._word_steps = training.count_word_pretraining(
+            self._total_steps() if train_set.images else 0
+        )
+        self._training = dataclasses.replace(training, word_pretraining_steps=self._word_steps)
         self._checkpoint_dir: Path | None = None
         self._speed: deque[tuple[int, int, float]] = deque(maxlen=_SPEED_WINDOW)
         self._differences: tuple[str, ...] = ()
@@ -473,6 +478,7 @@ class Trainer:
             run_dir=self._run_dir,
             first_step=self._progress.step,
             total_steps=total_steps,
+            word_pretraining_steps=self._word_steps,
             num_epochs=self._num_epochs(total_steps),
             device=str(self.device),
             num_processes=self._world.size,
@@ -497,14 +503,22 @@ class Trainer:
                 " selector its tasks; the model will not write captions. --objective mlm trains on"
                 " their hidden words.",
             )
-        if self._training.warmup_steps >= total_steps:
+        self._warn_of_long_warmup(total_steps)
+        return start
+
+    def _warn_of_long_warmup(self, total_steps: int) -> None:
+        """Each part of a training has a warm-up of its own."""
+        words, warmup = self._word_steps, self._training.warmup_steps
+        parts = {"this training": total_steps}
+        if words:
+            parts = {"word pretraining": words, "what follows": total_steps - words}
+        short = [f"the {count} of {part}" for part, count in parts.items() if 0 < count <= warmup]
+        if short:
             self._tell(
                 "on_warning",
-                f"The warm-up of {self._training.warmup_steps} updates is not over within the"
-                f" {total_steps} of this training: the learning rate does not reach its peak"
-                " for long. Set a smaller --warmup_steps.",
+                f"The warm-up of {warmup} updates is not over within {' and '.join(short)}: the"
+                " learning rate does not reach its peak for long. Set a smaller --warmup_steps.",
             )
-        return start
 
     def _num_epochs(self, total_steps: int) -> int:
         if self._training.max_steps is None:
@@ -581,14 +595,14 @@ class Trainer:
             minimum=training.min_learning_rate,
             warmup_steps=training.warmup_steps,
             total_steps=total_steps,
-            pretraining_steps=training.word_pretraining_steps,
+            pretraining_steps=self._word_steps,
             schedule=training.schedule,
         )
         decay = weight_decay_at(
             step,
             peak=training.weight_decay,
             total_steps=total_steps,
-            pretraining_steps=training.word_pretraining_steps,
+            pretraining_steps=self._word_steps,
             schedule=training.schedule,
         )
         return rate, decay
@@ -765,7 +779,7 @@ class Trainer:
         return None
 
     def _is_word_pretraining(self) -> bool:
-        return self._progress.step < self._training.word_pretraining_steps
+        return self._progress.step < self._word_steps
 
     def _count_images(self, batch: Batch) -> int:
         """How many pictures the coming update encodes."""
@@ -939,7 +953,7 @@ class Trainer:
             progress.best_loss, progress.best_step = score, progress.step
             progress.best_cider = cider
             progress.validations_since_best = 0
-        elif is_judged:
+        elif is_judged and progress.step > self._word_steps:  # before, captions are not learnt
             progress.validations_since_best += 1
         report = ValidationReport(
             step=progress.step,
