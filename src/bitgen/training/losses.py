@@ -217,7 +217,7 @@ def count_exact_matches(
 def best_robot_threshold(matches_T: Sequence[float], num_tasks: float) -> tuple[float, float]:
     """The one of `ROBOT_THRESHOLDS` to choose robots by, and how many exact matches it has.
 
-    It is one half, unless another one matches more by the standard error of the matches: few tasks
+    It is one half, unless another one matches more by two standard errors of the matches: few tasks
     say little, and one half is where probabilities are calibrated. A threshold is judged together
     with its two neighbours, and of those that are as good the one next to one half is taken.
     """
@@ -229,7 +229,7 @@ def best_robot_threshold(matches_T: Sequence[float], num_tasks: float) -> tuple[
         key=lambda index: (smooth_T[index], -abs(ROBOT_THRESHOLDS[index] - 0.5)),
     )
     share = matches_T[half] / num_tasks
-    if smooth_T[best] - smooth_T[half] <= math.sqrt(num_tasks * share * (1 - share)):
+    if smooth_T[best] - smooth_T[half] <= 2 * math.sqrt(num_tasks * share * (1 - share)):
         best = half
     return ROBOT_THRESHOLDS[best], matches_T[best]
 
