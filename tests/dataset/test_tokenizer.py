@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitgen.dataset.tokenizer import SPECIAL_TOKENS, Tokenizer
+from bitgen.dataset.tokenizer import SPECIAL_TOKENS, Tokenizer, tidy_sentence
 from bitgen.errors import InputError
 
 TEXTS = ["A red ball lies under water.", "A man rides a horse.", "The red ball, on the shelf."] * 4
@@ -33,6 +33,12 @@ def test_any_text_round_trips_up_to_white_space(text: str) -> None:
     assert not TOKENIZER.special_ids.intersection(ids)
     if not any(token in text for token in SPECIAL_TOKENS):
         assert TOKENIZER.decode(ids) == " ".join(text.split())
+
+
+def test_a_tidy_sentence_has_no_space_before_its_marks() -> None:
+    assert tidy_sentence(" A  dog , wet ,\nand a .5 mm ball . ") == "A dog, wet, and a .5 mm ball."
+    assert tidy_sentence("Is it ? No !") == "Is it? No!"
+    assert tidy_sentence("") == ""
 
 
 def test_spelled_out_special_tokens_stay_text() -> None:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from pycocotools.coco import COCO
 
+from bitgen.dataset.tokenizer import tidy_sentence
 from bitgen.errors import DatasetError
 
 Split = Literal["train", "val", "test"]
@@ -477,7 +478,7 @@ def _clean(
     captions: Iterable[object], image_id: int | str, findings: list[Finding]
 ) -> Iterator[str]:
     for caption in captions:
-        text = " ".join(caption.split()) if isinstance(caption, str) else ""
+        text = tidy_sentence(caption) if isinstance(caption, str) else ""
         if text:
             yield text
         else:

@@ -10,6 +10,7 @@ for the ordered subtasks of a task.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -22,7 +23,13 @@ MASK_TOKEN, PLAN_TOKEN = "<|mask|>", "<|plan|>"
 SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|task|>", "<|robot|>", MASK_TOKEN, PLAN_TOKEN)
 _LATER_TOKENS = frozenset((MASK_TOKEN, PLAN_TOKEN))  # which older tokenizers lack
 
+_SPACE_BEFORE_MARK = re.compile(r" ([.,;:!?])(?= |$)")
 _ENCODED_AT_ONCE = 10_000  # texts: what `tokenizers` makes of one takes about a kilobyte
+
+
+def tidy_sentence(text: str) -> str:
+    """With single spaces, and none before a mark as in tokenized captions ("a dog .")."""
+    return _SPACE_BEFORE_MARK.sub(r"\1", " ".join(text.split()))
 
 
 class Tokenizer:

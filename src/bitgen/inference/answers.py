@@ -48,7 +48,7 @@ class Caption:
     """What the model says about one picture."""
 
     text: str
-    """The whole caption, the prompt's words included."""
+    """The whole caption, the prompt's words included; white space is tidied."""
     tokens: list[str]
     """The text of each generated token (prompt and end of text are not among them)."""
     token_ids: list[int]

@@ -26,7 +26,7 @@ from bitgen.config import DEVICES, BitGenConfig
 from bitgen.dataset.plan_grammar import PlanFormat, PlanGrammar, PlanLimits
 from bitgen.dataset.plans import Subtask
 from bitgen.dataset.robots import Robot, SharedWords, chosen_robots, load_catalog
-from bitgen.dataset.tokenizer import Tokenizer
+from bitgen.dataset.tokenizer import Tokenizer, tidy_sentence
 from bitgen.errors import ImageError, InputError
 from bitgen.inference.answers import Answer, Caption, Generation, Picture, RobotChoice
 from bitgen.inference.backend import (
@@ -420,7 +420,7 @@ class BitGen:
         if generation is None:
             return None
         return Caption(
-            text=self.tokenizer.decode([*prompt_ids, *generation.tokens]),
+            text=tidy_sentence(self.tokenizer.decode([*prompt_ids, *generation.tokens])),
             tokens=self.tokenizer.tokens(generation.tokens),
             token_ids=generation.tokens,
             log_probability=generation.log_probability,
