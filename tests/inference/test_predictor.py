@@ -299,7 +299,7 @@ def test_probabilities_are_the_models_sigmoid_of_one_row_without_padding(
             torch.ones_like(ids_1L), torch.tensor([ids_1L.shape[1]]), has_images=False
         )
         output = bitgen.model(ids_1L, attention_mask=mask, return_robot_selection=True)
-    expected = output.robot_logits[0].sigmoid().tolist()
+    expected = (output.robot_logits[0] / bitgen.robot_temperature).sigmoid().tolist()
     for robot, probability in zip(bitgen.catalog, expected, strict=True):
         assert got[robot.name] == pytest.approx(probability, abs=1e-5)
 
