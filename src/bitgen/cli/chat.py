@@ -14,7 +14,16 @@ import typer
 
 from bitgen.cli.answers import answer_record, show_answer
 from bitgen.cli.failures import EXIT_BAD_INPUT
-from bitgen.cli.models import Backend, Device, ModelToAsk, Threads, model_to_ask
+from bitgen.cli.models import (
+    Backend,
+    BeamSize,
+    Device,
+    MaxTokens,
+    ModelToAsk,
+    Temperature,
+    Threads,
+    model_to_ask,
+)
 from bitgen.cli.prompt import LineReader
 from bitgen.console import console
 from bitgen.errors import BitGenError, InputError
@@ -43,15 +52,9 @@ def chat(
             "--robots", metavar="FILE", help="Robot catalog (JSON). Default: the model's own."
         ),
     ] = None,
-    beam_size: Annotated[
-        int, typer.Option("--beam_size", help="Captions searched side by side; 1 is greedy.")
-    ] = 1,
-    temperature: Annotated[
-        float, typer.Option("--temperature", help="Draw words at random; 0 takes the likeliest.")
-    ] = 0.0,
-    max_tokens: Annotated[
-        int, typer.Option("--max_tokens", help="Longest caption, in tokens.")
-    ] = 40,
+    beam_size: BeamSize = 1,
+    temperature: Temperature = 0.0,
+    max_tokens: MaxTokens = 40,
     device: Device = "auto",
     backend: Backend = "auto",
     threads: Threads = None,

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitgen.cli.models import Device, Threads, model_to_ask
+from bitgen.cli.models import (
+    BatchSize,
+    BeamSize,
+    Device,
+    MaxTokens,
+    Threads,
+    model_to_ask,
+)
 from bitgen.console import console
 from bitgen.errors import DatasetError, InputError
 from bitgen.files import write_whole
@@ -95,19 +102,15 @@ def evaluate(
             " is what looking adds.",
         ),
     ] = "given",
-    beam_size: Annotated[
-        int, typer.Option("--beam_size", help="Captions searched side by side; 1 is greedy.")
-    ] = 1,
+    beam_size: BeamSize = 1,
     length_penalty: Annotated[
         float,
         typer.Option(
             "--length_penalty", help="Beams: above 1 favours longer captions, below less."
         ),
     ] = 1.0,
-    max_tokens: Annotated[
-        int, typer.Option("--max_tokens", help="Longest caption, in tokens.")
-    ] = 40,
-    batch_size: Annotated[int, typer.Option("--batch_size", help="Pictures at a time.")] = 16,
+    max_tokens: MaxTokens = 40,
+    batch_size: BatchSize = 16,
     limit: Annotated[
         int, typer.Option("--limit", help="Evaluate on the first so many pictures; 0: all.")
     ] = 0,

@@ -13,7 +13,17 @@ import typer
 
 from bitgen.cli.answers import show_answer
 from bitgen.cli.failures import EXIT_BAD_INPUT
-from bitgen.cli.models import Backend, Device, ModelToAsk, Threads, model_to_ask
+from bitgen.cli.models import (
+    Backend,
+    BatchSize,
+    BeamSize,
+    Device,
+    MaxTokens,
+    ModelToAsk,
+    Temperature,
+    Threads,
+    model_to_ask,
+)
 from bitgen.console import console
 from bitgen.errors import InputError
 
@@ -72,12 +82,8 @@ def infer(
             " the picture, without which its score changes most.",
         ),
     ] = False,
-    beam_size: Annotated[
-        int, typer.Option("--beam_size", help="Captions searched side by side; 1 is greedy.")
-    ] = 1,
-    temperature: Annotated[
-        float, typer.Option("--temperature", help="Draw words at random; 0 takes the likeliest.")
-    ] = 0.0,
+    beam_size: BeamSize = 1,
+    temperature: Temperature = 0.0,
     top_k: Annotated[
         int, typer.Option("--top_k", help="Draw among so many likeliest tokens; 0: all.")
     ] = 0,
@@ -85,9 +91,7 @@ def infer(
         float, typer.Option("--top_p", help="Draw among the tokens that hold this probability.")
     ] = 1.0,
     seed: Annotated[int | None, typer.Option("--seed", help="Makes drawing repeatable.")] = None,
-    max_tokens: Annotated[
-        int, typer.Option("--max_tokens", help="Longest caption, in tokens.")
-    ] = 40,
+    max_tokens: MaxTokens = 40,
     attention_window: Annotated[
         int,
         typer.Option(
@@ -106,7 +110,7 @@ def infer(
             " at a time.",
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch_size", help="Pictures at a time.")] = 16,
+    batch_size: BatchSize = 16,
     device: Device = "auto",
     backend: Backend = "auto",
     threads: Threads = None,

@@ -36,6 +36,14 @@ Backend = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", help="Processor threads. Default: one a core.")
 ]
+BeamSize = Annotated[
+    int, typer.Option("--beam_size", help="Captions searched side by side; 1 is greedy.")
+]
+Temperature = Annotated[
+    float, typer.Option("--temperature", help="Draw words at random; 0 takes the likeliest.")
+]
+MaxTokens = Annotated[int, typer.Option("--max_tokens", help="Longest caption, in tokens.")]
+BatchSize = Annotated[int, typer.Option("--batch_size", help="Pictures at a time.")]
 
 
 def model_or_newest_run(model: Path | None) -> Path:
