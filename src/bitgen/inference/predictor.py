@@ -16,6 +16,7 @@ import contextlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,21 @@ DEFAULT_ROBOT_THRESHOLD = 0.5
 """Of models that were not validated on robot tasks."""
 DEFAULT_ROBOT_TEMPERATURE = 1.0
 """Of the same models."""
+
+
+@dataclass(frozen=True)
+class _Described:
+    """Robots in words."""
+
+    names: tuple[str, ...]
+    texts: tuple[str, ...]
+    shared: SharedWords
+    """Of the whole catalog, also where `texts` are variants of some."""
+
+    @classmethod
+    def of(cls, robots: Sequence[Robot]) -> _Described:
+        texts = tuple(robot.text() for robot in robots)
+        return cls(tuple(robot.name for robot in robots), texts, SharedWords(texts))
 
 
 class BitGen:
@@ -353,8 +369,7 @@ class BitGen:
             robots = self._robots(catalog)
             (ids,) = self._task_ids([task], has_pictures=True)
             request = TaskRequest(ids, self._texts(robots))
-            shared = SharedWords([robot.text() for robot in robots])
-            ranked = partial(self._choices, task=task, robots=robots, shared=shared)
+            ranked = partial(self._choices, task=task, robots=_Described.of(robots))
         return self._answers(
             images, [prompt], options or CaptionOptions(), captions, request, ranked
         )
@@ -459,8 +474,7 @@ class BitGen:
             raise InputError(f"{len(tasks)} tasks, but {len(pictures)} pictures.")
         check_batch_size(batch_size)
         robots = self._robots(catalog)
-        texts = self._texts(robots)
-        shared = SharedWords([robot.text() for robot in robots])
+        texts, described = self._texts(robots), _Described.of(robots)
         backend = self._backend_for(CaptionOptions())
         ranked: list[list[RobotChoice]] = []
         present = [picture for picture in pictures if picture is not None]
@@ -473,7 +487,7 @@ class BitGen:
                 task_ids = self._task_ids(words, has_pictures)
                 logits_BR = backend.robot_logits(task_ids, pixels, texts)
                 ranked += [
-                    self._choices(logits_R, task, robots, shared)
+                    self._choices(logits_R, task, described)
                     for task, logits_R in zip(words, logits_BR, strict=True)
                 ]
         return ranked
@@ -540,14 +554,13 @@ class BitGen:
         limits = PlanLimits(options.max_subtasks, options.max_subtask_tokens, max(1, max_tokens))
         grammar = PlanGrammar(self._plan_format, [robot.name for robot in robots], limits)
         texts = self._texts(robots) if by_selector else None
-        described = [(robot.name, robot.text()) for robot in robots]
-        shared = SharedWords([text for _, text in described])
+        described = _Described.of(robots)
 
         def robot_scores(words: str) -> np.ndarray:
             assert texts is not None
             task_ids = self._task_ids([words], has_pictures=pixels is not None)
             logits_R = backend.robot_logits(task_ids, [pixels], texts)[0]
-            log_odds_R = self._log_odds(logits_R, words, described, shared)
+            log_odds_R = self._log_odds(logits_R, words, described)
             scores_R: np.ndarray = -np.logaddexp(0.0, -log_odds_R)  # log of the probability
             return scores_R
 
@@ -582,8 +595,7 @@ class BitGen:
         check_batch_size(batch_size)
         robots = self._robots(catalog)
         texts = self._texts(robots)
-        described = [(robot.name, robot.text()) for robot in robots]
-        shared = SharedWords([text for _, text in described])
+        described = _Described.of(robots)
         backend = self._backend_for(CaptionOptions())
         pixels_3SS = image
         if image is not None and not isinstance(image, np.ndarray):
@@ -604,7 +616,7 @@ class BitGen:
             )
             return np.stack(
                 [
-                    self._log_odds(logits_R, words, described, shared)
+                    self._log_odds(logits_R, words, described)
                     for words, logits_R in zip(tasks, logits_BR, strict=True)
                 ]
             )
@@ -624,13 +636,13 @@ class BitGen:
                     for start in range(0, len(ids), batch_size)
                 ]
             )
-            of_robots = list(zip(names, words, strict=True))
-            return self._log_odds(logits_N, task, of_robots, shared)
+            variants = replace(described, names=tuple(names), texts=tuple(words))
+            return self._log_odds(logits_N, task, variants)
 
         return explain(
             choices,
-            texts.names,
-            [text for _, text in described],
+            described.names,
+            described.texts,
             task,
             pixels_3SS,
             score_tasks,
@@ -662,32 +674,23 @@ class BitGen:
         check_text_lengths(lengths, "text of a robot", 0, self.config.max_positions)
         return RobotTexts(tuple(robot.name for robot in robots), ids)
 
-    def _choices(
-        self, logits_R: np.ndarray, task: str, robots: Sequence[Robot], shared: SharedWords
-    ) -> list[RobotChoice]:
+    def _choices(self, logits_R: np.ndarray, task: str, robots: _Described) -> list[RobotChoice]:
         """The robots with their probabilities, the likeliest first."""
-        described = [(robot.name, robot.text()) for robot in robots]
-        log_odds_R = self._log_odds(logits_R, task, described, shared)
+        log_odds_R = self._log_odds(logits_R, task, robots)
         probabilities = np.exp(-np.logaddexp(0.0, -log_odds_R)).tolist()
         chosen = chosen_robots(probabilities, self._robot_threshold)
-        choices = map(RobotChoice, [robot.name for robot in robots], probabilities, chosen)
+        choices = map(RobotChoice, robots.names, probabilities, chosen)
         return sorted(choices, key=lambda choice: -choice.probability)
 
-    def _log_odds(
-        self,
-        logits_N: np.ndarray,
-        task: str,
-        robots: Sequence[tuple[str, str]],
-        shared: SharedWords,
-    ) -> np.ndarray:
-        """float64 `[N]`: how likely each robot, by name and text, suits, from the model's logits.
+    def _log_odds(self, logits_N: np.ndarray, task: str, robots: _Described) -> np.ndarray:
+        """float64 `[N]`: how likely each of N robots suits, from the model's logits.
 
         A robot that was not trained on has no bias of its own; the words that its text shares with
         the task stand in for it.
         """
         evidence_N = [
-            0.0 if name in self._trained_robots else shared.evidence(task, text)
-            for name, text in robots
+            0.0 if name in self._trained_robots else robots.shared.evidence(task, text)
+            for name, text in zip(robots.names, robots.texts, strict=True)
         ]
         return logits_N.astype(np.float64) / self._robot_temperature + evidence_N
 
