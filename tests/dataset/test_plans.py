@@ -133,7 +133,7 @@ def test_the_real_plans_are_read(robots_dir: Path) -> None:
 
 def test_the_plans_that_ship_are_sound() -> None:
     plans = load_plans([shipped_file("robots/plans.json")], CATALOG)
-    assert len(plans) > 100
+    assert len(plans) > 1000
     counts = Counter(subtask.robot for plan in plans for subtask in plan.subtasks)
     assert set(counts) == {robot.name for robot in CATALOG} and min(counts.values()) >= 30
     for plan in plans:
