@@ -44,6 +44,7 @@ from bitgen.dataset.robots import (
     split_tasks,
 )
 from bitgen.dataset.samples import TrainingSet
+from bitgen.dataset.task_words import robot_sets
 from bitgen.dataset.tokenizer import Tokenizer
 from bitgen.inference.predictor import BitGen
 from bitgen.model.bitgen import BitGenModel
@@ -165,13 +166,15 @@ class Ours:
     ) -> BitGen:
         """A model trained on nine tenths of the tasks; the rest finds the threshold."""
         self._count += 1
+        train_tasks, val_tasks = split_tasks(tasks)
+        names = tuple(robot.name for robot in catalog)
         config = BitGenConfig.preset(
             SIZE,
             quantization=quantization,
             vocab_size=4096,
-            robot_names=tuple(robot.name for robot in catalog),
+            robot_names=names,
+            robot_sets=robot_sets(train_tasks, names),
         )
-        train_tasks, val_tasks = split_tasks(tasks)
         steps = self._num_epochs * math.ceil(len(train_tasks) / 16)
         training = TrainingConfig(
             num_epochs=self._num_epochs, batch_size=16, learning_rate=1e-3, schedule="cosine",
@@ -201,6 +204,7 @@ class Ours:
         info = {
             "robot_threshold": found.robot_threshold,
             "robot_temperature": found.robot_temperature,
+            "robot_word_weight": found.robot_word_weight,
         }
         return BitGen(model, self._tokenizer, catalog, "cpu", info)
 

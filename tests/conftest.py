@@ -82,6 +82,8 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
                 torch.manual_seed(step)
                 model = BitGenModel(config)
                 make_lively(model)
+                for name, buffer in model.robot_selector.named_buffers():
+                    buffer.copy_(torch.rand(buffer.shape) + (name == "word_idf"))
             save_checkpoint(
                 run_dir,
                 step,
@@ -94,6 +96,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
                         "best_loss": 2.25,
                         "robot_threshold": 0.35,
                         "robot_temperature": 4.0,
+                        "robot_word_weight": 0.25,
                     }
                 },
                 is_best=step == steps[0],

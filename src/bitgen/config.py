@@ -23,6 +23,8 @@ CAPTION_SAMPLINGS = ("one", "all")
 SCHEDULES = ("two_stage", "cosine")
 PARALLEL_STRATEGIES = ("ddp", "fsdp")
 OBJECTIVES = ("caption", "mlm", "self_critical")
+TASK_WORD_BINS = 4096
+"""Into so many bins the parts of tasks' words are hashed (`bitgen.dataset.task_words`)."""
 BEST_BY = ("auto", "loss", "cider")
 MAX_PREDICT_TOKENS = 8
 WORD_PRETRAINING_PERCENT = 60
@@ -147,6 +149,9 @@ class BitGenConfig(_JsonConfig):
     encoder_intermediate_size: int = _field(768, "Width of the vit encoder's feed-forward layer.")
     freeze_encoder: bool = _field(False, "Keep the image encoder's weights as they are.")
     robot_names: tuple[str, ...] = _field((), "Robots seen in training: each has a learned bias.")
+    robot_sets: tuple[int, ...] = _field(
+        (), "Sets of them that tasks named; bit r of a set stands for the robot r."
+    )
 
     def __post_init__(self) -> None:
         self._check_types_and_choices()
@@ -188,6 +193,11 @@ class BitGenConfig(_JsonConfig):
             raise ConfigError(
                 f"encoder_hidden_size ({self.encoder_hidden_size}) must be a multiple of"
                 f" encoder_heads ({self.encoder_heads})."
+            )
+        if any(not 0 < robots < 1 << len(self.robot_names) for robots in self.robot_sets):
+            raise ConfigError(
+                f"robot_sets {list(self.robot_sets)} are not all of the {len(self.robot_names)}"
+                " robots of robot_names."
             )
         patches = max(1, round(self.image_size / self.patch_size))
         if self.image_encoder == "vit" and self.image_size % self.patch_size:

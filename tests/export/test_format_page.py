@@ -67,11 +67,13 @@ def test_the_rules_of_the_page_read_matrices_of_many_tiles(
         assert names_of_the_page["int8"](packed, 41, row, column) == expected
 
 
-def rows_of_tables(has_experts: bool) -> Iterator[tuple[str, str, str]]:
+def rows_of_tables(has_experts: bool, has_robot_sets: bool) -> Iterator[tuple[str, str, str]]:
     """Name, kind and shape of each row that stands for tensors of such a model."""
     page = PAGE.read_text("utf-8").partition("## Which tensors there are")[2]
-    both, dense, experts = page.partition("## Accuracy")[0].split("| name | kind | shape |")[1:]
-    for table in (both, experts if has_experts else dense):
+    tables = page.partition("## Accuracy")[0].split("| name | kind | shape |")[1:]
+    both, dense, experts, task_words = tables
+    of_model = [both, experts if has_experts else dense, *[task_words] * has_robot_sets]
+    for table in of_model:
         for name, kind, shape in re.findall(r"^\| `(.*?)` \| (\w+) \| (.*?) ?\|$", table, re.M):
             yield name, kind, shape.strip("`")
 
@@ -94,13 +96,13 @@ def expected_tensors(
     letters: dict[str, Any] = {
         "V": config.vocab_size, "C": config.hidden_size, "H": config.num_heads,
         "G": config.num_kv_heads, "D": config.head_dim, "F": config.intermediate_size,
-        "E": config.num_experts, "R": len(config.robot_names), "W": config.encoder_hidden_size,
-        "I": config.encoder_intermediate_size,
+        "E": config.num_experts, "R": len(config.robot_names), "Z": len(config.robot_sets),
+        "W": config.encoder_hidden_size, "I": config.encoder_intermediate_size,
         "P": (config.image_size // config.patch_size) ** 2,
         "w": {**dict(enumerate(widths_of_stem)), -1: 3},
     }  # fmt: skip
     found: dict[str, tuple[int, ...]] = {}
-    for pattern, kind, formula in rows_of_tables(config.num_experts > 1):
+    for pattern, kind, formula in rows_of_tables(config.num_experts > 1, bool(config.robot_sets)):
         used = [letter for letter in counts if f"{{{letter}}}" in pattern]
         for numbers in itertools.product(*(counts[letter] for letter in used)):
             places = dict(zip(used, numbers, strict=True))
@@ -118,7 +120,7 @@ def tensors_of(
     """What one row of a table stands for."""
     if kind == "convolution" and convolutions == "int8":
         return {f"{name}.int8_rows": shape, f"{name}.row_scales": shape[:1]}
-    if kind in ("float", "convolution"):
+    if kind in ("float", "half", "convolution"):
         return {name: shape}
     rows, columns = shape
     if kind == "embedding":
@@ -139,13 +141,14 @@ def tensors_of(
         ({"encoder_hidden_size": 48, "encoder_layers": 2, "patch_size": 8}, "1.6", "int8", "int8"),
         ({"stem_residual_convolutions": 2}, "2", "float32", "float32"),
         ({"stem_residual_convolutions": 1}, "2", "float32", "int8"),
+        ({"robot_sets": (1, 3)}, "2", "float32", "float32"),
     ],
-    ids=["dense", "experts and future heads", "1.6 bits", "residual stem", "int8 stem"],
+    ids=["dense", "experts and future heads", "1.6 bits", "residual stem", "int8 stem", "words"],
 )
 def test_tables_name_every_tensor(
     make_run: Callable[..., Path],
     tmp_path: Path,
-    changes: dict[str, int],
+    changes: dict[str, Any],
     packing: str,
     embedding: str,
     convolutions: str,
@@ -154,6 +157,8 @@ def test_tables_name_every_tensor(
     export_safetensors(make_run(**changes), path, False, False, packing, embedding, convolutions)
     header = read_header(path)
     found = {name: stored.shape for name, stored in header.tensors.items()}
+    halves = {name for name, stored in header.tensors.items() if stored.dtype == np.float16}
+    assert halves == {name for name in found if name.startswith("robot_selector.word_")}
     assert found == expected_tensors(header.config, packing, embedding, convolutions)
 
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from bitgen.dataset.robots import Robot, catalog_to_json, load_catalog
+from bitgen.dataset.task_words import TaskWords
 from bitgen.errors import BitGenError, ImageError, InputError, ModelFileError
 from bitgen.export.safetensors import export_safetensors
 from bitgen.inference.predictor import BitGen
@@ -394,6 +395,45 @@ def test_log_odds_are_logits_at_the_temperature_and_shared_words_of_unknown_robo
     shared = [0.0, math.log(4 / 2) + math.log(4 / 3), math.log(4 / 3)]
     assert 2 * two - one == pytest.approx(shared, abs=1e-4)
     assert np.abs(one - two).max() > 0.01
+
+
+def test_words_of_tasks_weigh_beside_the_selector_for_robots_that_were_trained_on(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run_dir, artifact = make_run(robot_sets=(1, 2, 3)), tmp_path / "model.safetensors"
+    export_safetensors(run_dir, artifact)
+    task, new = "dive to the wreck", Robot("Mole", ("digs tunnels",), (), ())
+    torch_model = BitGen.load(run_dir, backend="torch")
+    known = load_catalog()[:2]
+    words = TaskWords.of_model(
+        torch_model.config,
+        {n: t.numpy() for n, t in torch_model.model.state_dict().items()},
+    )
+    assert words is not None
+
+    def log_odds(model: BitGen) -> np.ndarray:
+        found = {c.name: c.probability for c in model.select_robots(task, catalog=[*known, new])}
+        odds = np.array([found[robot.name] for robot in [*known, new]])
+        values: np.ndarray = np.log(odds / (1 - odds))
+        return values
+
+    with_words = log_odds(torch_model)
+    alone = log_odds(
+        BitGen(
+            torch_model.model,
+            torch_model.tokenizer,
+            torch_model.catalog,
+            info={**torch_model.info, "robot_word_weight": None},
+        )
+    )
+    expected = 0.75 * alone[:2] + 0.25 * words.log_odds([task])[0]
+    np.testing.assert_allclose(with_words, [*expected, alone[2]], atol=1e-4)
+    assert np.abs(with_words - alone)[:2].max() > 0.01
+    for backend in ("torch", "native"):
+        if backend == "native" and not library.is_usable():
+            continue
+        exported = BitGen.load(artifact, backend=backend)
+        np.testing.assert_allclose(log_odds(exported), with_words, atol=2e-3)
 
 
 def test_robot_questions_that_are_refused(make_run: MakeRun) -> None:

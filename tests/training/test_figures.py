@@ -44,6 +44,7 @@ def test_figures_of_a_run(tmp_path: Path) -> None:
         "robot_exact_match": None,
         "robot_threshold": None,
         "robot_temperature": None,
+        "robot_word_weight": None,
         "cider": None,
     }
     assert figures.best_validation == best

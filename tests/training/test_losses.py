@@ -6,17 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from bitgen.dataset.robots import chosen_robots
 from bitgen.model.experts import MixtureOfExperts, Routing
 from bitgen.training.losses import (
-    ROBOT_TEMPERATURES,
-    ROBOT_THRESHOLDS,
-    at_temperature,
-    best_robot_temperature,
-    best_robot_threshold,
     caption_loss,
     count_caption_targets,
-    count_exact_matches,
     count_future_targets,
     count_image_words,
     count_masked_targets,
@@ -28,7 +21,6 @@ from bitgen.training.losses import (
     load_balancing_loss,
     masked_token_loss,
     robot_loss,
-    robot_losses,
     router_z_loss,
 )
 
@@ -179,61 +171,6 @@ def test_robot_loss_of_no_label_is_zero_and_has_a_gradient() -> None:
     total.backward()
     assert (total.item(), count.item()) == (0.0, 0)
     assert logits.grad is not None and not logits.grad.any()
-
-
-def test_exact_match_needs_every_labelled_robot_of_a_row() -> None:
-    logits_BR = torch.tensor([[3.0, -1.0], [3.0, 1.0], [-1.0, 2.0], [5.0, 5.0]])
-    labels_BR = torch.tensor([[1.0, 0.0], [1.0, 0.0], [NAN, 1.0], [NAN, NAN]])
-    matches, rows = count_exact_matches(logits_BR, labels_BR)
-    assert matches.shape == (len(ROBOT_THRESHOLDS),)
-    assert (matches[ROBOT_THRESHOLDS.index(0.5)].item(), rows.item()) == (2, 3)
-
-
-def test_exact_match_at_each_threshold_is_that_of_the_robots_that_are_chosen() -> None:
-    torch.manual_seed(0)
-    logits_BR, labels_BR = torch.randn(40, 4), (torch.rand(40, 4) < 0.4).float()
-    matches, _ = count_exact_matches(logits_BR, labels_BR)
-    for threshold, found in zip(ROBOT_THRESHOLDS, matches.tolist(), strict=True):
-        expected = sum(
-            chosen_robots(probabilities, threshold) == suits
-            for probabilities, suits in zip(
-                logits_BR.sigmoid().tolist(), labels_BR.bool().tolist(), strict=True
-            )
-        )
-        assert found == expected
-
-
-def test_another_threshold_than_one_half_needs_neighbours_and_evidence() -> None:
-    count = len(ROBOT_THRESHOLDS)
-    assert best_robot_threshold([3.0] * count, 9) == (0.5, 3.0)
-    lonely_and_plateau = [0.0] * count
-    lonely_and_plateau[0] = 40.0  # its neighbour beyond the edge counts as itself
-    lonely_and_plateau[13:16] = [30.0, 30.0, 30.0]
-    assert best_robot_threshold(lonely_and_plateau, 100) == (ROBOT_THRESHOLDS[14], 30.0)
-    little_better = [30.0] * 12 + [33.0] * 7  # the standard error is 4.6 of 100, 14.5 of 1,000
-    assert best_robot_threshold(little_better, 100) == (0.5, 30.0)
-    much_better = [300.0] * 12 + [330.0] * 7
-    assert best_robot_threshold(much_better, 1000) == (0.7, 330.0)
-
-
-def test_the_temperature_is_the_one_that_had_scaled_the_logits() -> None:
-    torch.manual_seed(0)
-    honest_BR = torch.randn(4000, 3) * 2
-    labels_BR = torch.bernoulli(honest_BR.sigmoid())
-    labels_BR[:100, 1] = float("nan")
-    losses_K, count = robot_losses(honest_BR * 4, labels_BR)
-    assert count == 4000 * 3 - 100
-    assert best_robot_temperature(losses_K.tolist()) == 4.0
-    own, _ = robot_loss(honest_BR, labels_BR)
-    assert losses_K[ROBOT_TEMPERATURES.index(4.0)] == pytest.approx(own.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_a_probability_at_a_temperature_is_that_of_the_divided_logit(temperature: float) -> None:
-    for probability in (0.05, 0.5, 0.95):
-        logit = torch.logit(torch.tensor(probability, dtype=torch.float64))
-        expected = (logit / temperature).sigmoid().item()
-        assert at_temperature(probability, temperature) == pytest.approx(expected, rel=1e-6)
 
 
 def test_image_word_loss_is_the_cross_entropy_with_the_words_of_rows_that_have_any() -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from bitgen.config import BitGenConfig, TrainingConfig
 from bitgen.dataset.images import normalize_images
+from bitgen.dataset.robots import RobotTask
 from bitgen.errors import (
     ConfigError,
     DatasetError,
@@ -34,8 +35,9 @@ from bitgen.training import checkpoint, objective, trainer
 from bitgen.training.checkpoint import load_checkpoint, open_run
 from bitgen.training.data_order import epoch_order
 from bitgen.training.loader import BatchLoader
-from bitgen.training.losses import ROBOT_TEMPERATURES
 from bitgen.training.objective import Objective
+from bitgen.training.robot_calibration import ROBOT_TEMPERATURES
+from bitgen.training.task_words import fit_task_words
 from bitgen.training.trainer import Trainer
 
 MakeTraining = Callable[..., TrainingConfig]
@@ -113,6 +115,41 @@ def test_it_learns_captions_and_robots_and_writes_the_whole_run(
     assert last["robot_threshold"] == summary.validation.robot_threshold
     assert last["robot_temperature"] == summary.validation.robot_temperature
     assert last["robot_temperature"] in ROBOT_TEMPERATURES
+
+
+def test_words_of_tasks_are_fitted_judged_and_kept(
+    workshop: Any,
+    make_config: Callable[..., BitGenConfig],
+    make_training: MakeTraining,
+    tmp_path: Path,
+) -> None:
+    tasks = [
+        RobotTask(f"{verb} around number {number}", (robot,))
+        for number in range(12)
+        for verb, robot in (("fly", "Drone"), ("dive", "Diver"))
+    ]
+    config = make_config(robot_sets=(1, 2))
+    training = make_training(max_steps=2, batch_size=8)
+
+    def sets(training: Any) -> dict[str, Any]:
+        return {
+            "train_set": workshop.dataset(training, True, [], tasks[:16], config),
+            "val_set": workshop.dataset(training, False, [], tasks[16:], config),
+        }
+
+    run_dir = tmp_path / "run"
+    workshop.trainer(run_dir, training, config, **sets(training)).train()
+    last = metrics(run_dir, "validation")[-1]
+    assert last["robot_word_weight"] == 1.0 and last["robot_exact_match"] == 1.0
+    expected = fit_task_words(tasks[:16], config.robot_names, config.robot_sets).tensors()
+    saved = final_weights(run_dir)
+    for name, array in expected.items():
+        torch.testing.assert_close(saved[name], torch.from_numpy(array))
+
+    longer = make_training(max_steps=4, batch_size=8)
+    workshop.trainer(run_dir, longer, config, **sets(longer)).train(resume=True)
+    for name in expected:
+        assert torch.equal(final_weights(run_dir)[name], saved[name])
 
 
 def test_ternary_weights_train_under_bfloat16_and_are_saved_in_float32(
@@ -1005,7 +1042,7 @@ def test_without_captioned_pictures_there_is_no_word_pretraining(
 def test_patience_begins_with_captions(
     workshop: Any, make_training: MakeTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    same = torch.ones(len(objective.FIGURES), dtype=torch.float64)
+    same = objective.Judged(torch.ones(len(objective.FIGURES), dtype=torch.float64), None)
     monkeypatch.setattr(Objective, "judge", lambda self, batch: same)
     options = {"max_steps": 9, "word_pretraining_steps": 4, "eval_every": 1, "patience": 2}
     training = make_training(**options, batch_size=8)

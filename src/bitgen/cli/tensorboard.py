@@ -143,6 +143,7 @@ class TensorBoardCallback(TrainerCallback):
                 "validation/cider": report.cider,
                 "validation/robot_threshold": report.robot_threshold,
                 "validation/robot_temperature": report.robot_temperature,
+                "validation/robot_word_weight": report.robot_word_weight,
             },
         )
         if self._samples:

@@ -141,6 +141,7 @@ def show_summary(summary: TrainingSummary, json: bool) -> None:
                 "cider": validation.cider if validation else None,
                 "robot_threshold": validation.robot_threshold if validation else None,
                 "robot_temperature": validation.robot_temperature if validation else None,
+                "robot_word_weight": validation.robot_word_weight if validation else None,
                 "best_step": summary.best_step,
                 "best_loss": summary.best_loss,
                 "best_cider": summary.best_cider,
@@ -187,6 +188,7 @@ def figure_rows(figures: RunFigures) -> list[tuple[str, str]]:
     if figures.best_validation is not None:
         best = dict(figures.best_validation)
         best.pop("robot_temperature")
+        best.pop("robot_word_weight")
         rows.append(("best validation", f"step {best.pop('step'):,}: {_judged_words(**best)}"))
     if figures.padding_share is not None:
         rows.append(("padding", f"{figures.padding_share:.1%} of text positions"))

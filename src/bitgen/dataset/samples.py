@@ -137,6 +137,11 @@ class TrainingSet(Dataset[Sample]):
         """Tokens of the longest plan with its task; 0 without plans."""
         return max((len(ids) for _, ids, _ in self._plan_texts), default=0)
 
+    def task_number(self, index: int) -> int | None:
+        """Which of `tasks` a sample is; None for captions and plans."""
+        copy = index - len(self._captions)
+        return copy % len(self._tasks) if 0 <= copy < self._num_tasks else None
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose draws `__getitem__` makes."""
         self._epoch = epoch

@@ -139,6 +139,7 @@ def describe_run(run: RunFiles) -> dict[str, Any]:
         "best_validation_loss": progress.get("best_loss"),
         "robot_threshold": progress.get("robot_threshold"),
         "robot_temperature": progress.get("robot_temperature"),
+        "robot_word_weight": progress.get("robot_word_weight"),
         "data": _without_folders(run.data),
         "training": _without_folders(run.training.to_dict()),
     }

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from bitgen.dataset.task_words import TaskWords
 from bitgen.errors import InputError
 from bitgen.inference.answers import Generation
 from bitgen.inference.options import CaptionOptions, Vocabulary
@@ -65,6 +66,8 @@ class Backend(Protocol):
     """`native` or `torch`."""
     num_image_tokens: int
     """P, tokens that a picture takes before the text."""
+    task_words: TaskWords | None
+    """What tasks' words say of the robots; None in a model that was not trained on tasks."""
 
     def replies(
         self,

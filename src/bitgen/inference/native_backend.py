@@ -20,6 +20,7 @@ import numpy as np
 
 from bitgen.config import BitGenConfig
 from bitgen.dataset.robots import Robot
+from bitgen.dataset.task_words import TaskWords
 from bitgen.dataset.tokenizer import Tokenizer
 from bitgen.export.artifact import open_artifact
 from bitgen.inference.answers import Generation
@@ -147,6 +148,7 @@ class NativeBackend:
         self.config = config
         self._engine = Engine(config, tensors)
         self.num_image_tokens = self._engine.num_image_tokens
+        self.task_words = TaskWords.of_model(config, tensors)
         self._robots: RobotTexts | None = None
         self._robots_RC = np.empty((0, config.hidden_size), np.float32)
         self._last_picture: tuple[np.ndarray, np.ndarray] | None = None

@@ -27,6 +27,7 @@ from bitgen.config import DEVICES, BitGenConfig
 from bitgen.dataset.plan_grammar import PlanFormat, PlanGrammar, PlanLimits
 from bitgen.dataset.plans import Subtask
 from bitgen.dataset.robots import Robot, SharedWords, chosen_robots, load_catalog
+from bitgen.dataset.task_words import pooled_log_odds
 from bitgen.dataset.tokenizer import Tokenizer, tidy_sentence
 from bitgen.errors import ImageError, InputError
 from bitgen.inference.answers import Answer, Caption, Generation, Picture, RobotChoice
@@ -132,6 +133,7 @@ class BitGen:
         self._robot_temperature = (
             DEFAULT_ROBOT_TEMPERATURE if temperature is None else float(temperature)
         )
+        self._robot_word_weight = float(info.get("robot_word_weight") or 0.0)
         self._native = native
         self._torch = torch_backend
         self._open_torch = open_torch
@@ -685,14 +687,26 @@ class BitGen:
     def _log_odds(self, logits_N: np.ndarray, task: str, robots: _Described) -> np.ndarray:
         """float64 `[N]`: how likely each of N robots suits, from the model's logits.
 
-        A robot that was not trained on has no bias of its own; the words that its text shares with
-        the task stand in for it.
+        Of robots that were trained on the task's words have a say, learnt with them. One that was
+        not has no bias of its own; the words that its text shares with the task stand in for it.
         """
-        evidence_N = [
-            0.0 if name in self._trained_robots else robots.shared.evidence(task, text)
-            for name, text in zip(robots.names, robots.texts, strict=True)
-        ]
-        return logits_N.astype(np.float64) / self._robot_temperature + evidence_N
+        by_words: dict[str, float] = {}
+        words = self._backend_for(CaptionOptions()).task_words
+        if words is not None and self._robot_word_weight:
+            by_words = dict(
+                zip(self.config.robot_names, words.log_odds([task])[0].tolist(), strict=True)
+            )
+
+        def log_odds(name: str, text: str, logit: float) -> float:
+            if name in by_words:
+                return pooled_log_odds(
+                    logit, by_words[name], self._robot_temperature, self._robot_word_weight
+                )
+            is_new = name not in self._trained_robots
+            evidence = robots.shared.evidence(task, text) if is_new else 0.0
+            return logit / self._robot_temperature + evidence
+
+        return np.array(list(map(log_odds, robots.names, robots.texts, logits_N.tolist())))
 
     def _backend_for(self, options: CaptionOptions) -> Backend:
         """The native engine, unless there is none or it cannot do this."""

@@ -10,6 +10,7 @@ import torch
 
 from bitgen.dataset.collate import pad_rows
 from bitgen.dataset.images import normalize_images
+from bitgen.dataset.task_words import TaskWords
 from bitgen.inference.answers import Generation
 from bitgen.inference.backend import Reply, Request, RobotTexts, TaskRequest
 from bitgen.inference.decoding import DecodingGraphs
@@ -33,6 +34,10 @@ class TorchBackend:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
         self.num_image_tokens = model.num_image_tokens
+        buffers = model.robot_selector.named_buffers(prefix="robot_selector")
+        self.task_words = TaskWords.of_model(
+            model.config, {name: buffer.cpu().numpy() for name, buffer in buffers}
+        )
         self._robots_in_model: RobotTexts | None = None
         self._graphs: DecodingGraphs | None = None
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from bitgen.config import BitGenConfig
+from bitgen.config import TASK_WORD_BINS, BitGenConfig
 from bitgen.model.norm import RMSNorm
 from bitgen.model.ternary import make_linear
 
@@ -34,6 +34,16 @@ class RobotSelector(nn.Module):
         self.shared_bias = nn.Parameter(torch.zeros(1))  # a vector: FSDP2 cuts no scalars
         self.robot_names = config.robot_names
         self.robot_bias = nn.Parameter(torch.zeros(len(config.robot_names)))
+        # A linear model of the task's words, fitted before training and not trained with the rest
+        # (bitgen.dataset.task_words): it goes with the weights.
+        num_sets = len(config.robot_sets)
+        if num_sets:
+            for name, shape in (
+                ("word_weights", (num_sets, TASK_WORD_BINS)),
+                ("word_bias", (num_sets,)),
+                ("word_idf", (TASK_WORD_BINS,)),
+            ):
+                self.register_buffer(name, torch.zeros(shape, dtype=torch.float16))
 
     @torch.no_grad()
     def start_from_shares(self, shares_R: Sequence[float], robots_RC: torch.Tensor) -> None:

@@ -79,6 +79,7 @@ class ValidationReport:
     robot_exact_match: float | None  # share of tasks with every robot judged right, 0 to 1
     robot_threshold: float | None  # at this probability, the best for these tasks
     robot_temperature: float | None  # with logits divided by it, which gives the best probabilities
+    robot_word_weight: float | None  # share of the task's words in robots' log odds, 0 to 1
     cider: float | None  # CIDEr-D of greedy captions, where the best is chosen by it
     is_best: bool
     seconds: float

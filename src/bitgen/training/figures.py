@@ -21,7 +21,7 @@ class RunFigures:
     """Why the last skipped update was skipped."""
     best_validation: Mapping[str, Any] | None
     """`step`, `loss`, `plan_loss`, `robot_loss`, `robot_exact_match`, `robot_threshold`,
-    `robot_temperature` and `cider` of the best validation."""
+    `robot_temperature`, `robot_word_weight` and `cider` of the best validation."""
     ternary_step: int | None
     """The update after which the ternary weights were counted last."""
     ternary_shares: tuple[float, float, float] | None
@@ -55,7 +55,7 @@ def read_figures(path: Path) -> RunFigures:
     best = [line for line in metrics if line["kind"] == "validation" and line.get("is_best")]
     names = (
         "step", "loss", "plan_loss", "robot_loss", "robot_exact_match", "robot_threshold",
-        "robot_temperature", "cider",
+        "robot_temperature", "robot_word_weight", "cider",
     )  # fmt: skip
     weights = [line for line in metrics if line["kind"] == "weights"]
     last = weights[-1] if weights else {}

@@ -53,7 +53,7 @@ def held_out_loss(
     totals = torch.zeros(len(FIGURES), dtype=torch.float64)
     for start in range(0, len(samples), batch_size):
         rows = range(start, min(start + batch_size, len(samples)))
-        totals += objective.judge(samples.collate([samples[row] for row in rows]))
+        totals += objective.judge(samples.collate([samples[row] for row in rows])).figures
         if on_progress is not None:
             on_progress(rows.stop)
     figures = dict(zip(FIGURES, totals.tolist(), strict=True))

@@ -8,7 +8,6 @@ that accumulation and padding never change what a token weighs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -19,10 +18,6 @@ if TYPE_CHECKING:
     from bitgen.model.experts import Routing
 
 IGNORE_INDEX = -100
-ROBOT_THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
-"""Probabilities from which a robot may be chosen, 0.05 to 0.95: validation takes the best."""
-ROBOT_TEMPERATURES = tuple(round(2 ** (step / 4), 3) for step in range(-4, 17))
-"""What robots' logits may be divided by, 1/2 to 16: validation takes the best."""
 
 
 def caption_targets(labels_BL: torch.Tensor, ahead: int = 1) -> torch.Tensor:
@@ -164,74 +159,6 @@ def robot_loss(
         robot_logits_BR[labelled].float(), robot_labels_BR[labelled].float(), reduction="sum"
     )
     return loss, labelled.sum()
-
-
-def robot_losses(
-    robot_logits_BR: torch.Tensor, robot_labels_BR: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`robot_loss` with the logits divided by each of the `ROBOT_TEMPERATURES`: (sums, count)."""
-    logits_BR = robot_logits_BR.float()
-    losses = [robot_loss(logits_BR / t, robot_labels_BR)[0] for t in ROBOT_TEMPERATURES]
-    return torch.stack(losses), (~robot_labels_BR.isnan()).sum()
-
-
-def best_robot_temperature(losses_K: Sequence[float]) -> float:
-    """The one of `ROBOT_TEMPERATURES` whose probabilities are likeliest to give the labels.
-
-    Temperature scaling (arXiv 1706.04599, section 4.2): one number, so few labels find it, and the
-    order of the robots stays.
-    """
-    return ROBOT_TEMPERATURES[min(range(len(losses_K)), key=lambda index: losses_K[index])]
-
-
-def at_temperature(probability: float, temperature: float) -> float:
-    """The probability that a robot has with its logit divided by `temperature`, from that without.
-
-    Both are above 0 and below 1.
-    """
-    return 1 / (1 + (1 / probability - 1) ** (1 / temperature))
-
-
-def count_exact_matches(
-    robot_logits_BR: torch.Tensor, robot_labels_BR: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows whose robots are all judged right, int64 `[T]`, and rows with a label, a scalar.
-
-    Robots are chosen as `bitgen.dataset.robots.chosen_robots` says, at each of the T
-    `ROBOT_THRESHOLDS`; robots without a label are neither chosen nor judged.
-    """
-    labelled_BR = ~robot_labels_BR.isnan()
-    rows_B = labelled_BR.any(dim=1)
-    scores_BR = robot_logits_BR.float().sigmoid().masked_fill(~labelled_BR, -1.0)
-    likeliest_BR = functional.one_hot(scores_BR.argmax(dim=1), scores_BR.shape[1]).bool()
-    suits_BR = robot_labels_BR > 0.5
-    matches = []
-    for threshold in ROBOT_THRESHOLDS:
-        chosen_BR = scores_BR >= threshold
-        chosen_BR = chosen_BR | (likeliest_BR & ~chosen_BR.any(dim=1, keepdim=True))
-        right_BR = (chosen_BR == suits_BR) | ~labelled_BR
-        matches.append((right_BR.all(dim=1) & rows_B).sum())
-    return torch.stack(matches), rows_B.sum()
-
-
-def best_robot_threshold(matches_T: Sequence[float], num_tasks: float) -> tuple[float, float]:
-    """The one of `ROBOT_THRESHOLDS` to choose robots by, and how many exact matches it has.
-
-    It is one half, unless another one matches more by two standard errors of the matches: few tasks
-    say little, and one half is where probabilities are calibrated. A threshold is judged together
-    with its two neighbours, and of those that are as good the one next to one half is taken.
-    """
-    padded = [matches_T[0], *matches_T, matches_T[-1]]
-    smooth_T = [sum(padded[index : index + 3]) / 3 for index in range(len(matches_T))]
-    half = ROBOT_THRESHOLDS.index(0.5)
-    best = max(
-        range(len(matches_T)),
-        key=lambda index: (smooth_T[index], -abs(ROBOT_THRESHOLDS[index] - 0.5)),
-    )
-    share = matches_T[half] / num_tasks
-    if smooth_T[best] - smooth_T[half] <= 2 * math.sqrt(num_tasks * share * (1 - share)):
-        best = half
-    return ROBOT_THRESHOLDS[best], matches_T[best]
 
 
 def count_image_words(word_weights_BW: torch.Tensor) -> int:

@@ -22,11 +22,8 @@ from bitgen.model.bitgen import BitGenModel, BitGenOutput
 from bitgen.training.amp import autocast
 from bitgen.training.caption_judge import CaptionJudge
 from bitgen.training.losses import (
-    ROBOT_TEMPERATURES,
-    ROBOT_THRESHOLDS,
     caption_loss,
     count_caption_targets,
-    count_exact_matches,
     count_future_targets,
     count_image_words,
     count_masked_targets,
@@ -37,19 +34,22 @@ from bitgen.training.losses import (
     load_balancing_loss,
     masked_token_loss,
     robot_loss,
-    robot_losses,
     router_z_loss,
     self_critical_loss,
 )
 from bitgen.training.self_critical import SampledCaptions, SelfCritic
 
-FIGURES = (
-    "caption", "tokens", "plan", "plan_tokens", "robot", "labels", "tasks",
-    *(f"matches_{threshold}" for threshold in ROBOT_THRESHOLDS),
-    *(f"robot_at_{temperature}" for temperature in ROBOT_TEMPERATURES),
-)  # fmt: skip
-"""What `judge` gives: sums of losses, what to divide them by, and the tasks whose robots are all
-judged right at each threshold, and the robots' loss at each temperature."""
+FIGURES = ("caption", "tokens", "plan", "plan_tokens", "robot", "labels")
+"""What `judge` counts: sums of losses, and what to divide them by."""
+
+
+class Judged(NamedTuple):
+    """What `Objective.judge` gives of a batch, on the host."""
+
+    figures: torch.Tensor
+    """float64, the `FIGURES`."""
+    robot_logits: torch.Tensor | None
+    """float32 `[B, R]`; None for a batch without robot tasks."""
 
 
 class LossSums(NamedTuple):
@@ -319,8 +319,8 @@ class Objective(nn.Module):
         return normalize_images(batch.images, config.image_mean, config.image_std)
 
     @torch.no_grad()
-    def judge(self, batch: Batch) -> torch.Tensor:
-        """The `FIGURES` of a validation batch, float64 on the host; no label smoothing."""
+    def judge(self, batch: Batch) -> Judged:
+        """Judge a validation batch, without label smoothing."""
         has_plans = bool(batch.is_plan.any())
         output, batch = self._run(batch, is_training=False)
         plans_B1 = batch.is_plan[:, None]
@@ -331,15 +331,13 @@ class Objective(nn.Module):
             figures += self._text_loss(output.logits, plans)
         else:
             figures += [torch.zeros((), device=self._device)] * 2
+        robot_logits = None
         if output.robot_logits is None:
-            figures += [torch.zeros((), device=self._device)] * (len(FIGURES) - len(figures))
+            figures += [torch.zeros((), device=self._device)] * 2
         else:
-            labels = batch.robot_labels
-            figures += robot_loss(output.robot_logits, labels)
-            matches_T, num_tasks = count_exact_matches(output.robot_logits, labels)
-            losses_K, _ = robot_losses(output.robot_logits, labels)
-            figures += [num_tasks, *matches_T, *losses_K]
-        return torch.stack([figure.double() for figure in figures]).cpu()
+            figures += robot_loss(output.robot_logits, batch.robot_labels)
+            robot_logits = output.robot_logits.float().cpu()
+        return Judged(torch.stack([figure.double() for figure in figures]).cpu(), robot_logits)
 
     def judge_captions(self, judge: CaptionJudge, batch: Batch) -> torch.Tensor:
         """What `CaptionJudge.cider` says of greedy captions of a validation batch."""

@@ -31,6 +31,7 @@ from bitgen.dataset.robots import (
     without_tasks,
 )
 from bitgen.dataset.samples import PictureVariants, TrainingSet
+from bitgen.dataset.task_words import TASK_WORD_TENSORS, robot_sets
 from bitgen.dataset.tokenizer import Tokenizer
 from bitgen.errors import ConfigError, DatasetError, InputError, OutputExistsError
 from bitgen.model.bitgen import BitGenModel
@@ -56,7 +57,7 @@ DEFAULT_SIZE = "tiny"
 # What a training that starts from a model may choose anew.
 _FREE_OF_WEIGHTS = frozenset(("dropout", "freeze_encoder"))
 # What the name of a size does not say of a model.
-_ANY_INITIAL = frozenset(("model_size", "vocab_size", "robot_names"))
+_ANY_INITIAL = frozenset(("model_size", "vocab_size", "robot_names", "robot_sets"))
 _ROBOT_BIAS = "robot_selector.robot_bias"
 
 
@@ -262,7 +263,8 @@ def read_sources(
     data = read_data(sources, catalog)
     observer.on_note(data.words())
     if data.train_tasks:
-        config = replace(config, robot_names=tuple(robot.name for robot in data.catalog))
+        names = tuple(robot.name for robot in data.catalog)
+        config = replace(config, robot_names=names, robot_sets=robot_sets(data.train_tasks, names))
     return config, data, tokenizer
 
 
@@ -609,6 +611,7 @@ def _initial_model(
         initial = open_initial_model(initial_model)
         tensors = initial.tensors()
         _move_robot_bias(model, tensors, initial.config.robot_names)
+        _leave_task_words(model, tensors, is_same=initial.config.robot_sets == config.robot_sets)
         load_model_tensors(model, tensors, initial_model)
     if encoder_weights is not None:
         load_encoder_weights(model.image_encoder, config.image_encoder, encoder_weights)
@@ -632,6 +635,16 @@ def _move_robot_bias(
         if name in names:
             own[index] = bias[list(names).index(name)]
     tensors[_ROBOT_BIAS] = own
+
+
+def _leave_task_words(model: BitGenModel, tensors: dict[str, torch.Tensor], is_same: bool) -> None:
+    """Where there are other sets of robots, keep the model's own: the trainer fits them anew."""
+    if not is_same:
+        own = model.state_dict()
+        for name in TASK_WORD_TENSORS:
+            tensors.pop(name, None)
+            if name in own:
+                tensors[name] = own[name]
 
 
 def prepare_resume(

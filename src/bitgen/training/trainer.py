@@ -28,6 +28,7 @@ import torch
 from bitgen.config import TrainingConfig
 from bitgen.dataset.collate import Batch, pad_rows
 from bitgen.dataset.robots import Robot, catalog_to_json
+from bitgen.dataset.task_words import TaskWords
 from bitgen.errors import ConfigError, DatasetError, Interrupted, TrainingError
 from bitgen.model.device import resolve_device
 from bitgen.training.allocator import keep_freed_memory
@@ -68,15 +69,7 @@ from bitgen.training.events import (
 from bitgen.training.gradients import GradientBuffers
 from bitgen.training.interrupts import DeferredSignals
 from bitgen.training.loader import BatchLoader
-from bitgen.training.losses import (
-    ROBOT_TEMPERATURES,
-    ROBOT_THRESHOLDS,
-    at_temperature,
-    best_robot_temperature,
-    best_robot_threshold,
-    count_image_words,
-    expert_load,
-)
+from bitgen.training.losses import count_image_words, expert_load
 from bitgen.training.objective import FIGURES, Objective
 from bitgen.training.optimizer import (
     load_optimizer_tensors,
@@ -84,8 +77,10 @@ from bitgen.training.optimizer import (
     optimizer_tensors,
     set_rates,
 )
+from bitgen.training.robot_calibration import RobotCalibration, calibrate_robots
 from bitgen.training.schedule import learning_rate_at, weight_decay_at
 from bitgen.training.self_critical import SampledCaptions, SelfCritic
+from bitgen.training.task_words import fit_task_words
 from bitgen.training.weight_statistics import TernaryStatistics
 
 if TYPE_CHECKING:
@@ -138,6 +133,7 @@ class _Progress:
     best_cider: float | None = None
     robot_threshold: float | None = None  # the best ones at the last validation
     robot_temperature: float | None = None
+    robot_word_weight: float | None = None
     validations_since_best: int = 0
     validation_pending: bool = False  # a signal came before this step's validation was done
     usual_log_norm: float = 0.0  # running mean of the logarithm of the gradient norm
@@ -366,6 +362,10 @@ class Trainer:
             shares = [sum(name in task.robots for task in tasks) / len(tasks) for name in names]
             with torch.no_grad():
                 selector.start_from_shares(shares, model.eval().encode_robots())
+        if checkpoint is None and tasks and model.config.robot_sets:
+            words = fit_task_words(tasks, model.config.robot_names, model.config.robot_sets)
+            fitted = {name: torch.from_numpy(array) for name, array in words.tensors().items()}
+            model.load_state_dict(fitted, strict=False)
         self._objective = Objective(
             model,
             training,
@@ -906,13 +906,19 @@ class Trainer:
         most = math.ceil(len(batches) / world.size)
         indices = share + [batches[0][:1]] * (most - len(share))
         totals = torch.zeros(len(FIGURES), dtype=torch.float64)
+        # Of each task the robots' logits, and whether it was judged.
+        tasks_NR = torch.zeros(
+            len(self._val_set.tasks), len(self._catalog) + 1, dtype=torch.float64
+        )
         self._set_robots()
         ciders = torch.zeros(2, dtype=torch.float64)  # their sum, and how many
         self._model.eval()
         try:
             for done, batch in enumerate(self._val_loader.load(indices, 0), start=1):
                 judged = self._objective.judge(batch)
-                totals += judged if done <= len(share) else 0.0 * judged
+                if done <= len(share):
+                    totals += judged.figures
+                    self._note_robots(tasks_NR, share[done - 1], judged.robot_logits)
                 self._tell("on_validation_progress", done, most + len(own_to_caption))
                 if signals.received and world.size == 1:
                     return None
@@ -935,14 +941,11 @@ class Trainer:
         score = (text_loss or 0.0) + self._training.robot_loss_weight * (robot_loss or 0.0)
         cider_sum, num_captioned = world.sum(ciders).tolist()
         cider = cider_sum / num_captioned if num_captioned else None
-        robot_exact_match = None
-        if figures["tasks"]:
-            matches_T = [figures[f"matches_{threshold}"] for threshold in ROBOT_THRESHOLDS]
-            threshold, matches = best_robot_threshold(matches_T, figures["tasks"])
-            losses_K = [figures[f"robot_at_{temperature}"] for temperature in ROBOT_TEMPERATURES]
-            progress.robot_temperature = best_robot_temperature(losses_K)
-            progress.robot_threshold = at_temperature(threshold, progress.robot_temperature)
-            robot_exact_match = matches / figures["tasks"]
+        calibration = self._calibrate(world.sum(tasks_NR).numpy())
+        if calibration is not None:
+            progress.robot_temperature = calibration.temperature
+            progress.robot_word_weight = calibration.word_weight
+            progress.robot_threshold = calibration.threshold
         is_judged = text_loss is not None or robot_loss is not None
         if cider is not None:
             is_better = progress.best_cider is None or cider > progress.best_cider
@@ -961,9 +964,10 @@ class Trainer:
             loss=loss,
             plan_loss=plan_loss,
             robot_loss=robot_loss,
-            robot_exact_match=robot_exact_match,
-            robot_threshold=progress.robot_threshold if figures["tasks"] else None,
-            robot_temperature=progress.robot_temperature if figures["tasks"] else None,
+            robot_exact_match=calibration.exact_match if calibration else None,
+            robot_threshold=calibration.threshold if calibration else None,
+            robot_temperature=calibration.temperature if calibration else None,
+            robot_word_weight=calibration.word_weight if calibration else None,
             cider=cider,
             is_best=is_best,
             seconds=time.perf_counter() - started,
@@ -972,6 +976,38 @@ class Trainer:
             metrics.write(_metrics("validation", report))
         self._tell("on_validation", report)
         return report
+
+    def _task_words(self) -> TaskWords | None:
+        """The linear model of tasks' words that goes with the weights."""
+        buffers = self._model.robot_selector.named_buffers(prefix="robot_selector")
+        tensors = {name: buffer.cpu().numpy() for name, buffer in buffers}
+        return TaskWords.of_model(self._model.config, tensors)
+
+    def _note_robots(
+        self, tasks_NR: torch.Tensor, indices: Sequence[int], logits_BR: torch.Tensor | None
+    ) -> None:
+        """Write the logits of a batch's robot tasks down, and that they are there."""
+        assert self._val_set is not None
+        if logits_BR is None:
+            return
+        for index, logits_R in zip(indices, logits_BR, strict=True):
+            number = self._val_set.task_number(index)
+            if number is not None:
+                tasks_NR[number] = torch.cat([logits_R, torch.ones(1)])
+
+    def _calibrate(self, tasks_NR: np.ndarray) -> RobotCalibration | None:
+        """What the tasks that were judged find; None if there are none."""
+        assert self._val_set is not None
+        tasks = [t for t, seen in zip(self._val_set.tasks, tasks_NR[:, -1], strict=True) if seen]
+        if not tasks:
+            return None
+        names = [robot.name for robot in self._catalog]
+        words = self._task_words()
+        return calibrate_robots(
+            tasks_NR[tasks_NR[:, -1] > 0, :-1],
+            None if words is None else words.log_odds([task.task for task in tasks]),
+            np.array([[name in task.robots for name in names] for task in tasks]),
+        )
 
     def _is_out_of_patience(self) -> bool:
         """Whether to stop at this step; a resumed run gets at least to its next validation."""

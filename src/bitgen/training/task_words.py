@@ -1,0 +1,67 @@
+"""Fits the linear model of tasks' words; see `bitgen.dataset.task_words`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from bitgen.config import TASK_WORD_BINS
+from bitgen.dataset.robots import RobotTask
+from bitgen.dataset.task_words import (
+    TaskWords,
+    inverse_document_frequencies,
+    set_numbers,
+    tfidf,
+    word_parts,
+)
+
+_PENALTY = 1 / 30  # of half the squared weights, beside the summed loss
+_MOST_ITERATIONS = 200
+
+
+def fit_task_words(
+    tasks: Sequence[RobotTask], names: Sequence[str], sets: Sequence[int]
+) -> TaskWords:
+    """Multinomial logistic regression with an L2 penalty, by L-BFGS: the loss has one minimum.
+
+    Args:
+        tasks: to learn from; those whose robots are none of `sets` are left out.
+        names: of the robots.
+        sets: of robots, at least one, as `robot_sets` gives them.
+    """
+    numbers = set_numbers(tasks, names, sets)
+    known = [(task, n) for task, n in zip(tasks, numbers, strict=True) if n is not None]
+    parts = [word_parts(task.task) for task, _ in known]
+    idf_D = inverse_document_frequencies(parts)
+    rows = [tfidf(found, idf_D) for found in parts]
+    bins_M = torch.from_numpy(np.concatenate([bins for bins, _ in rows]))
+    values_M = torch.from_numpy(np.concatenate([weights for _, weights in rows]))
+    starts_N = torch.tensor(np.cumsum([0, *(len(bins) for bins, _ in rows[:-1])]))
+    targets_N = torch.tensor([number for _, number in known])
+    weights_DZ = torch.zeros(TASK_WORD_BINS, len(sets), dtype=torch.float64, requires_grad=True)
+    bias_Z = torch.zeros(len(sets), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weights_DZ, bias_Z], max_iter=_MOST_ITERATIONS, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        logits_NZ = functional.embedding_bag(
+            bins_M, weights_DZ, starts_N, mode="sum", per_sample_weights=values_M
+        )
+        total = functional.cross_entropy(logits_NZ + bias_Z, targets_N, reduction="sum")
+        total = total + 0.5 * _PENALTY * weights_DZ.square().sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    return TaskWords(
+        weights_ZD=weights_DZ.detach().T.numpy(),
+        bias_Z=bias_Z.detach().numpy(),
+        idf_D=idf_D,
+        sets=tuple(sets),
+        num_robots=len(names),
+    )
