@@ -103,6 +103,7 @@ def measure(
 
 def evaluate(model: Path, data: Path, pictures: str) -> dict[str, Any]:
     options = ["--model", str(model), "--coco_data", str(data), "--pictures", pictures, "--json"]
+    options += ["--beam_size", "1"]
     scores: dict[str, Any] = json.loads(bitgen("evaluate", *options))
     return scores
 

@@ -23,6 +23,7 @@ from bitgen.cli.models import (
     Temperature,
     Threads,
     model_to_ask,
+    with_beams,
 )
 from bitgen.cli.prompt import LineReader
 from bitgen.console import console
@@ -52,7 +53,7 @@ def chat(
             "--robots", metavar="FILE", help="Robot catalog (JSON). Default: the model's own."
         ),
     ] = None,
-    beam_size: BeamSize = 1,
+    beam_size: BeamSize = None,
     temperature: Temperature = 0.0,
     max_tokens: MaxTokens = 40,
     device: Device = "auto",
@@ -74,9 +75,14 @@ def chat(
     from bitgen.dataset.images import default_cache_dir
     from bitgen.inference.predictor import BitGen, CaptionOptions
 
-    options = CaptionOptions(beam_size=beam_size, temperature=temperature, max_tokens=max_tokens)
+    options = CaptionOptions(
+        beam_size=1 if beam_size is None else beam_size,
+        temperature=temperature,
+        max_tokens=max_tokens,
+    )
     reader = LineReader(default_cache_dir() / HISTORY_FILE, [command.name for command in COMMANDS])
     bitgen = BitGen.load(source, device=device, backend=backend, threads=threads)
+    options = with_beams(options, beam_size, bitgen.config)
     if robots is not None:
         bitgen.set_catalog(robots)
     conversation = Conversation(bitgen, options, json)

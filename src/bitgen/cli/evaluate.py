@@ -19,6 +19,7 @@ from bitgen.cli.models import (
     MaxTokens,
     Threads,
     model_to_ask,
+    with_beams,
 )
 from bitgen.console import console
 from bitgen.errors import DatasetError, InputError
@@ -102,7 +103,7 @@ def evaluate(
             " is what looking adds.",
         ),
     ] = "given",
-    beam_size: BeamSize = 1,
+    beam_size: BeamSize = None,
     length_penalty: Annotated[
         float,
         typer.Option(
@@ -183,11 +184,12 @@ def evaluate(
         with console.progress("Evaluating", "answers") as bar:
             if images:
                 options = CaptionOptions(
-                    beam_size=beam_size,
+                    beam_size=1 if beam_size is None else beam_size,
                     length_penalty=length_penalty,
                     max_tokens=max_tokens,
                     batch_size=batch_size,
                 )
+                options = with_beams(options, beam_size, bitgen.config)
                 images, said = _captions(bitgen, images, pictures, options, bar, total)
                 captions = {image_id: caption.text for image_id, caption in said.items()}
             if with_loss:

@@ -23,6 +23,7 @@ from bitgen.cli.models import (
     Temperature,
     Threads,
     model_to_ask,
+    with_beams,
 )
 from bitgen.console import console
 from bitgen.errors import InputError
@@ -82,7 +83,7 @@ def infer(
             " the picture, without which its score changes most.",
         ),
     ] = False,
-    beam_size: BeamSize = 1,
+    beam_size: BeamSize = None,
     temperature: Temperature = 0.0,
     top_k: Annotated[
         int, typer.Option("--top_k", help="Draw among so many likeliest tokens; 0: all.")
@@ -212,7 +213,7 @@ def infer(
     from bitgen.inference.predictor import BitGen, CaptionOptions
 
     options = CaptionOptions(
-        beam_size=beam_size,
+        beam_size=1 if beam_size is None else beam_size,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -236,6 +237,7 @@ def infer(
         folder_plan = FolderPlan(heatmap)
     folders = [None if folder_plan is None else folder_plan.folder(path) for path in paths]
     bitgen = BitGen.load(source, device=device, backend=backend, threads=threads)
+    options = with_beams(options, beam_size, bitgen.config)
     if console.debug:
         console.note(backend_words(bitgen))
     if robots is not None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bitgen.config import DEVICES
+from bitgen.config import DEVICES, BitGenConfig
 from bitgen.console import console
+from bitgen.inference.options import CaptionOptions
 from bitgen.shipped import SHIPPED_MODEL, model_path, shipped_model
 
 RUNS = Path("runs")
@@ -36,8 +38,15 @@ Backend = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", help="Processor threads. Default: one a core.")
 ]
+DEFAULT_BEAMS = 3
+"""Hypotheses of beam search where none are asked for: docs/training.md says what they bring."""
 BeamSize = Annotated[
-    int, typer.Option("--beam_size", help="Captions searched side by side; 1 is greedy.")
+    int | None,
+    typer.Option(
+        "--beam_size",
+        help=f"Captions searched side by side; 1 is greedy. Default: {DEFAULT_BEAMS}, and 1 where"
+        " words are drawn at random or drafted.",
+    ),
 ]
 Temperature = Annotated[
     float, typer.Option("--temperature", help="Draw words at random; 0 takes the likeliest.")
@@ -84,3 +93,18 @@ def model_to_ask(model: Path | None) -> Path:
 def _told(run: Path) -> Path:
     console.note(f"Using the newest run, {run}.")
     return run
+
+
+def with_beams(
+    options: CaptionOptions, beam_size: int | None, config: BitGenConfig
+) -> CaptionOptions:
+    """The options with the number of beams that was given, or else the default.
+
+    That is 1 for a model with future token heads too, which is there to draft, unless drafts are
+    refused.
+    """
+    if beam_size is not None:
+        return replace(options, beam_size=beam_size)
+    drafts = options.speculative or (options.speculative is None and config.predict_tokens > 1)
+    is_greedy = options.temperature > 0 or drafts
+    return replace(options, beam_size=1 if is_greedy else DEFAULT_BEAMS)
