@@ -118,7 +118,8 @@ def test_any_tensors_are_written_as_the_library_reads_them(
         f"{number}": np.asarray(generator.integers(0, 99, shape)).astype(dtypes[number % 6])
         for number, shape in enumerate(shapes)
     }
-    write_artifact(path, tensors, {"title": "\u00e9\u4e16"})
+    with path.open("wb") as file:
+        write_artifact(file, tensors, {"title": "\u00e9\u4e16"})
     read = load_file(path)
     assert read.keys() == tensors.keys()
     for name, array in tensors.items():

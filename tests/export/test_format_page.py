@@ -44,7 +44,8 @@ def names_of_the_page() -> dict[str, Any]:
 def test_the_example_is_what_is_written(names_of_the_page: dict[str, Any], tmp_path: Path) -> None:
     path, tiles = tmp_path / "toy.safetensors", pack_tiles(TERNARY)
     tensors = {"toy.packed": tiles, "toy.scale": np.array(0.75, dtype=np.float32)}
-    write_artifact(path, tensors, {"matrices": '{"toy":[2,5]}'})
+    with path.open("wb") as file:
+        write_artifact(file, tensors, {"matrices": '{"toy":[2,5]}'})
     assert names_of_the_page["file"] == path.read_bytes()
     assert names_of_the_page["base3"] == pack_base3(tiles).tobytes()
     assert names_of_the_page["tiles"] == pack_int8_tiles(INT8).tobytes()

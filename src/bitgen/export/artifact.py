@@ -152,11 +152,13 @@ class Artifact:
 # Writing ----------------------------------------------------------------------------------------
 
 
-def write_artifact(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
-    """Write the file and flush it to the disk. Raises OSError; what it has written then stays.
+def write_artifact(
+    file: BinaryIO, tensors: Mapping[str, Array], metadata: Mapping[str, str]
+) -> None:
+    """Write an exported file and flush it to the disk. Raises OSError.
 
     Args:
-        path: where to; give a temporary path and rename it.
+        file: where to, empty; such as that of `bitgen.files.write_whole`.
         tensors: by their names in the file, in an order of the caller's liking.
         metadata: the header's texts.
     """
@@ -174,12 +176,11 @@ def write_artifact(path: Path, tensors: Mapping[str, Array], metadata: Mapping[s
         }
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for _, array in ordered:
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
+    file.write(struct.pack("<Q", len(text)) + text)
+    for _, array in ordered:
+        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _alignment(nbytes: int) -> int:

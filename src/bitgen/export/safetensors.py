@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,7 @@ from torch import nn
 
 from bitgen import __version__
 from bitgen.dataset.robots import catalog_to_json
-from bitgen.errors import DiskFullError, InputError, ModelFileError, OutputExistsError
+from bitgen.errors import InputError, ModelFileError, OutputExistsError
 from bitgen.export.artifact import (
     BASE3,
     CONVOLUTIONS,
@@ -52,7 +50,7 @@ from bitgen.export.artifact import (
     write_artifact,
 )
 from bitgen.export.loaded import LoadedModel, assign_tensors, empty_model, load_run
-from bitgen.files import DISK_FULL
+from bitgen.files import write_whole
 from bitgen.kernels.quantize import quantize_rows
 from bitgen.kernels.tiles import pack_base3
 from bitgen.model.bitgen import BitGenModel
@@ -163,7 +161,8 @@ def export_safetensors(
         "info": _compact({**info, "bitgen_version": __version__}),
         "matrices": _compact(matrices),
     }
-    _write(output, tensors, metadata)
+    with write_whole(output, "exported model") as file:
+        write_artifact(file, tensors, metadata)
 
     packed = {name: array for name, array in tensors.items() if name.endswith((TILES, BASE3))}
     ternary_bytes = sum(array.nbytes for array in packed.values())
@@ -236,30 +235,6 @@ def _stored_tensors(model: BitGenModel, packing: str, convolutions: str) -> dict
 
 def _compact(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def _write(output: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
-    temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write_artifact(temporary, tensors, metadata)
-            os.replace(temporary, output)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            raise _disk_full(output) from error
-        raise InputError(
-            f"{output} cannot be written ({error}).", remedy="Choose another output."
-        ) from error
-
-
-def _disk_full(output: Path) -> DiskFullError:
-    return DiskFullError(
-        f"The disk is full: {output} could not be written.",
-        remedy="Free some space, or choose another output.",
-    )
 
 
 def load_artifact(path: Path | str) -> LoadedModel:
