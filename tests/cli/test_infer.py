@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from bitgen.cli import models
+from bitgen.cli.models import DEFAULT_BEAMS
 from bitgen.dataset.robots import load_catalog
 from bitgen.export.safetensors import load_artifact
 from bitgen.inference.heatmap import group_words
@@ -59,7 +60,7 @@ def test_json_lines_in_input_order_equal_the_predictor(
     assert (finished.code, finished.stderr) == (0, "")
     lines = finished.json_lines()
     model = BitGen.load(trained, device="cpu")
-    captions = model.caption(order, max_tokens=6, batch_size=2, beam_size=3)
+    captions = model.caption(order, max_tokens=6, batch_size=2, beam_size=DEFAULT_BEAMS)
     # In the same batches: another one adds up in another order, and int8 rounding may then flip.
     choices = model.select_robots_batch([TASK] * len(order), order, batch_size=2)
     for line, path, caption, ranked in zip(lines, order, captions, choices, strict=True):
@@ -427,7 +428,7 @@ def test_heat_maps_of_each_picture_beside_its_caption(
     ]
     assert sorted(maps.iterdir()) == sorted(folders)
     captions = BitGen.load(exported).caption(
-        [pictures[0], same_stem, pictures[1]], prompt="A", max_tokens=4, beam_size=3
+        [pictures[0], same_stem, pictures[1]], prompt="A", max_tokens=4, beam_size=DEFAULT_BEAMS
     )
     for folder, caption in zip(folders, captions, strict=True):
         names = sorted(path.name for path in folder.iterdir())

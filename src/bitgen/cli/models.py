@@ -38,7 +38,7 @@ Backend = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", help="Processor threads. Default: one a core.")
 ]
-DEFAULT_BEAMS = 3
+DEFAULT_BEAMS = 5
 """Hypotheses of beam search where none are asked for: docs/training.md says what they bring."""
 BeamSize = Annotated[
     int | None,
