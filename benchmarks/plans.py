@@ -1,4 +1,4 @@
-"""Plans of text-only models on held-out tasks: do they parse, and who gets which robot?
+"""Plans on held-out tasks: do they parse, and who gets which robot?
 
     python benchmarks/plans.py --robot_plans ../shared/robots/multi_robot_selection_dataset.json
 
@@ -7,16 +7,22 @@ robots (for its selector), and nothing else. On the held-out tasks
 
 - it writes plans: which parse, name robots of the catalog alone, and begin at order 1 and never go
   back; F1 of the set of robots against the true plan's (mean over tasks), and by how many subtasks
-  it is off;
+  it is off; and how many words a subtask shares with the nearest true one (Jaccard index);
 - it is given the true plan up to a subtask's words, and says the robot: by its decoder, by its
   selector (asked with the words as a task), and by both (product). Beside it the commonest robot,
   and TF-IDF of 1- and 2-grams with logistic regression on the words.
+
+With `--model` no model is trained: that one is judged, on the tenth of the plans that a training
+with `--plan_data` holds out.
+
+    python benchmarks/plans.py --robot_plans data/robots/plans.json --model shipped
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -30,16 +36,21 @@ from bitgen.config import MODEL_SIZES, BitGenConfig, TrainingConfig
 from bitgen.console import console
 from bitgen.dataset.images import ImageCache
 from bitgen.dataset.plan_grammar import PlanFormat, PlanGrammar, PlanLimits
-from bitgen.dataset.plans import TaskPlan, load_plans
+from bitgen.dataset.plans import TaskPlan, load_plans, split_plans
 from bitgen.dataset.robots import Robot, RobotTask, load_catalog
 from bitgen.dataset.samples import TrainingSet
 from bitgen.dataset.tokenizer import Tokenizer
 from bitgen.inference.backend import RobotTexts
 from bitgen.inference.planning import PlanOptions, name_log_probabilities, write_plan
+from bitgen.inference.predictor import BitGen
 from bitgen.inference.torch_backend import TorchBackend
 from bitgen.model.bitgen import BitGenModel
 from bitgen.training.trainer import Trainer
 
+WRITTEN = (
+    "parses", "catalog_only", "order_valid", "robots_f1", "commonest_f1", "subtasks_off",
+    "words_shared",
+)  # fmt: skip
 CHOOSERS = ("decoder", "selector", "both", "commonest", "tfidf_lr")
 WORDS = {
     "decoder": "the decoder",
@@ -55,14 +66,15 @@ def main() -> int:
     catalog = load_catalog()
     plans = load_plans([arguments.robot_plans], catalog)
     torch.set_num_threads(arguments.threads)
-    order = np.random.default_rng(arguments.seed).permutation(len(plans))
     written: list[dict[str, float]] = []
     right: dict[str, list[bool]] = {name: [] for name in CHOOSERS}
-    num_measured = min(arguments.measured_folds or arguments.folds, arguments.folds)
-    for fold in range(num_measured):
-        held_out = [plans[i] for i in order[fold :: arguments.folds]]
-        train = [plan for plan in plans if plan not in held_out]
-        backend, tokenizer = train_model(train, catalog, arguments)
+    folds = divide(plans, arguments)
+    for fold, (train, held_out) in enumerate(folds, start=1):
+        if arguments.model:
+            model = BitGen.load(arguments.model, device="cpu", backend="torch")
+            backend, tokenizer = TorchBackend(model.model), model.tokenizer
+        else:
+            backend, tokenizer = train_model(train, catalog, arguments)
         plan_format = PlanFormat(tokenizer)
         grammar = PlanGrammar(plan_format, [robot.name for robot in catalog], PlanLimits())
         commonest = commonest_robot(train)
@@ -70,7 +82,7 @@ def main() -> int:
             written.append(judge_plan(plan, backend, tokenizer, grammar, commonest))
         for name, hits in judge_robots(train, held_out, backend, tokenizer, catalog).items():
             right[name] += hits
-        console.note(f"Fold {fold + 1} of {num_measured}: {words_of(right, written)}")
+        console.note(f"Fold {fold} of {len(folds)}: {words_of(right, written)}")
     shares = {name: float(np.mean(hits)) for name, hits in right.items() if hits}
     means = {name: float(np.mean([row[name] for row in written])) for name in written[0]}
     rows = [
@@ -80,16 +92,23 @@ def main() -> int:
         ("F1 of the set of robots", f"{means['robots_f1']:.3f}"),
         ("the same, of the commonest robot alone", f"{means['commonest_f1']:.3f}"),
         ("subtasks too many or too few", f"{means['subtasks_off']:.2f}"),
+        ("words shared with the nearest true subtask", f"{means['words_shared']:.3f}"),
         *((f"robot of a true subtask: {WORDS[name]}", f"{shares[name]:.1%}") for name in shares),
     ]
     figures = {
         "tasks": len(written),
         "subtasks": len(right["decoder"]),
-        "folds": arguments.folds,
-        "measured_folds": num_measured,
-        "model_size": arguments.model_size,
-        "steps": arguments.steps,
-        "seed": arguments.seed,
+        **(
+            {"model": arguments.model}
+            if arguments.model
+            else {
+                "folds": arguments.folds,
+                "measured_folds": len(folds),
+                "model_size": arguments.model_size,
+                "steps": arguments.steps,
+                "seed": arguments.seed,
+            }
+        ),
         "written": means,
         "robot_agreement": shares,
     }
@@ -104,6 +123,7 @@ def main() -> int:
 def read_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--robot_plans", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--model", metavar="RUN_OR_FILE", help="judge this one; train none")
     parser.add_argument("--model_size", choices=MODEL_SIZES, default="nano")
     parser.add_argument("--steps", type=int, default=300, help="updates of each model")
     parser.add_argument("--folds", type=int, default=5)
@@ -111,6 +131,20 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
+
+
+def divide(
+    plans: Sequence[TaskPlan], arguments: argparse.Namespace
+) -> list[tuple[list[TaskPlan], list[TaskPlan]]]:
+    """What is learnt and what is held out, in each measured fold."""
+    if arguments.model:
+        return [split_plans(plans)]
+    order = np.random.default_rng(arguments.seed).permutation(len(plans))
+    folds = []
+    for fold in range(min(arguments.measured_folds or arguments.folds, arguments.folds)):
+        held_out = [plans[i] for i in order[fold :: arguments.folds]]
+        folds.append(([plan for plan in plans if plan not in held_out], held_out))
+    return folds
 
 
 def train_model(
@@ -157,25 +191,32 @@ def judge_plan(
     try:
         rows = json.loads(tokenizer.decode(tokens))
         orders = [order for order, _, _ in rows]
+        shared = [
+            max(jaccard(words, true.subtask) for true in plan.subtasks) for _, words, _ in rows
+        ]
         robots = {name.strip() for _, _, name in rows}
     except (ValueError, TypeError):
-        return dict.fromkeys(
-            ("parses", "catalog_only", "order_valid", "robots_f1", "commonest_f1", "subtasks_off"),
-            0.0,
-        )
+        return dict.fromkeys(WRITTEN, 0.0)
     steps = {after - before for before, after in zip(orders, orders[1:], strict=False)}
-    return {
-        "parses": 1.0,
-        "catalog_only": float(robots <= set(grammar.robots)),
-        "order_valid": float(orders[:1] == [1] and steps <= {0, 1}),
-        "robots_f1": f1(robots, true_robots),
-        "commonest_f1": f1({commonest}, true_robots),
-        "subtasks_off": float(abs(len(rows) - len(plan.subtasks))),
-    }
+    values = (
+        1.0,
+        float(robots <= set(grammar.robots)),
+        float(orders[:1] == [1] and steps <= {0, 1}),
+        f1(robots, true_robots),
+        f1({commonest}, true_robots),
+        float(abs(len(rows) - len(plan.subtasks))),
+        float(np.mean(shared)),
+    )
+    return dict(zip(WRITTEN, values, strict=True))
 
 
 def commonest_robot(plans: Sequence[TaskPlan]) -> str:
     return Counter(s.robot for plan in plans for s in plan.subtasks).most_common(1)[0][0]
+
+
+def jaccard(text: str, other: str) -> float:
+    words, others = (set(re.findall(r"\w+", t.lower())) for t in (text, other))
+    return len(words & others) / max(1, len(words | others))
 
 
 def f1(found: set[str], true: set[str]) -> float:
