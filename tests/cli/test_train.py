@@ -602,7 +602,7 @@ def test_a_training_starts_from_another_runs_weights(
     assert opened.config == first.config
     assert opened.tokenizer_json == first.tokenizer_json
     assert opened.robots_json == first.robots_json
-    assert opened.data["initial_model"] == str(trained.resolve())
+    assert opened.data["initial_model"] == [str(trained.resolve())]
     weights = load_file(tmp_path / "run" / "checkpoints" / "step_000000" / "model.safetensors")
     expected = load_file(first.model_path)
     assert weights.keys() == expected.keys()

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitgen.errors import ModelFileError
+from bitgen.errors import ConfigError, ModelFileError
 from bitgen.export.safetensors import export_safetensors, load_artifact
 from bitgen.model.bitgen import BitGenModel
 from bitgen.model.ternary import pack_ternary_layers
 from bitgen.training.checkpoint import load_model_tensors, open_run, read_tensors
-from bitgen.training.initial_model import open_initial_model
+from bitgen.training.initial_model import open_initial_model, open_initial_models
 
 MakeRun = Callable[..., Path]
 
@@ -51,6 +51,35 @@ def test_weights_of_a_file_round_to_what_it_holds(
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=0)
+
+
+def test_several_models_give_their_mean(make_run: MakeRun) -> None:
+    """One that is named twice counts twice."""
+    first, second = make_run("first", steps=(3,)), make_run("second", steps=(4,), dropout=0.5)
+    one, other = (read_tensors(open_run(path).model_path) for path in (first, second))
+    found = open_initial_models([first, first, second])
+    assert (found.path, found.config) == (first, open_run(first).config)
+    tensors = found.tensors()
+    assert tensors.keys() == one.keys()
+    moved = [name for name in one if not torch.equal(one[name], other[name])]
+    assert len(moved) > 10
+    for name, value in tensors.items():
+        assert value.dtype == one[name].dtype
+        expected = (2 * one[name] + other[name]) / 3 if name in moved else one[name]
+        torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.parametrize("difference", ["architecture", "catalog"])
+def test_models_that_have_no_mean_are_refused(make_run: MakeRun, difference: str) -> None:
+    first = make_run("first")
+    if difference == "architecture":
+        second, words = make_run("second", num_layers=3), "num_layers is 2 and 3"
+    else:
+        second, words = make_run("second"), "robot catalogs differ"
+        catalog = second / "robots.json"
+        catalog.write_text(catalog.read_text().replace("Drone", "Balloon"))
+    with pytest.raises(ConfigError, match=words):
+        open_initial_models([first, second])
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:

@@ -140,14 +140,15 @@ def train(
         ),
     ] = None,
     initial_model: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
             "--initial_model",
             metavar="RUN_OR_FILE",
             rich_help_panel=MODEL,
             help="A run (its best checkpoint), one of its checkpoints, an exported file, or"
             " 'shipped': the training starts with its weights, architecture and tokenizer, and with"
-            " its robot catalog unless --robots is given. The optimizer starts anew.",
+            " its robot catalog unless --robots is given. The optimizer starts anew. Given several"
+            " times: with the mean of their weights.",
         ),
     ] = None,
     output_dir: Annotated[
@@ -213,7 +214,7 @@ def train(
     """Train a model on COCO captions and, where given, robot tasks and plans."""
     if resume and overwrite:
         raise InputError("--resume goes on with a run, --overwrite replaces it: give one of them.")
-    if resume and initial_model is not None:
+    if resume and initial_model:
         raise InputError(
             "--resume goes on with a run, --initial_model starts a new one: give one of them."
         )
@@ -239,11 +240,9 @@ def train(
     model_changes = {name: fields[name] for name in _MODEL_FIELDS}
     # A training that starts from a model has its architecture: what is asked for must be given.
     asked_changes = {
-        name: value
-        for name, value in model_changes.items()
-        if initial_model is None or name in given
+        name: value for name, value in model_changes.items() if not initial_model or name in given
     }
-    asked_size = model_size if initial_model is None or "model_size" in given else None
+    asked_size = model_size if not initial_model or "model_size" in given else None
     training_changes = {name: value for name, value in fields.items() if name not in _MODEL_FIELDS}
     sources: dict[str, Any] = {
         "coco_data": coco_data,
@@ -252,18 +251,18 @@ def train(
         "plan_data": plan_data or (),
         "robots": robots,
         "tokenizer": tokenizer,
-        "initial_model": None if initial_model is None else model_path(initial_model),
+        "initial_model": [model_path(path) for path in initial_model or ()],
     }
 
     def new_training() -> TrainingConfig:
         """By the recipe of the model's size, where nothing else is given."""
-        if sources["initial_model"] is not None:
+        if sources["initial_model"]:
             from bitgen.training.initial_model import open_initial_model
 
-            config = open_initial_model(sources["initial_model"]).config
+            config = open_initial_model(sources["initial_model"][0]).config
         else:
             config = BitGenConfig.preset(model_size, **model_changes)
-        from_scratch = initial_model is None and encoder_weights is None
+        from_scratch = not initial_model and encoder_weights is None
         return TrainingConfig.for_model(config, from_scratch, **training_changes)
 
     if dry_run:

@@ -46,7 +46,7 @@ from bitgen.training.checkpoint import (
 )
 from bitgen.training.distributed import World
 from bitgen.training.events import TrainerCallback
-from bitgen.training.initial_model import InitialModel, open_initial_model
+from bitgen.training.initial_model import FREE_OF_WEIGHTS, InitialModel, open_initial_models
 from bitgen.training.trainer import Trainer
 
 # One unreadable image is skipped, whatever the size of the set; of more, this share is tolerated.
@@ -55,7 +55,6 @@ BAD_IMAGES_NAMED = 5
 DEFAULT_SIZE = "tiny"
 
 # What a training that starts from a model may choose anew.
-_FREE_OF_WEIGHTS = frozenset(("dropout", "freeze_encoder"))
 # What the name of a size does not say of a model.
 _ANY_INITIAL = frozenset(("model_size", "vocab_size", "robot_names", "robot_sets"))
 _ROBOT_BIAS = "robot_selector.robot_bias"
@@ -91,9 +90,9 @@ class DataSources:
     """The robot catalog; None: the one that ships."""
     tokenizer: Path | None = None
     """A `tokenizer.json`; None: one is trained on the captions, tasks and plans."""
-    initial_model: Path | None = None
-    """A run from whose best checkpoint the training starts, with its tokenizer and, where `robots`
-    is None, its catalog; None: from random weights."""
+    initial_model: Sequence[Path] = ()
+    """Runs (their best checkpoints) or files whose mean weights the training starts from, with the
+    first one's tokenizer and, where `robots` is None, its catalog; empty: from random weights."""
 
     def to_dict(self) -> dict[str, Any]:
         """Absolute paths as JSON values, so that the run resumes from any folder."""
@@ -107,9 +106,9 @@ class DataSources:
                     ("robot_val_data", self.robot_val_data),
                     ("robots", self.robots),
                     ("tokenizer", self.tokenizer),
-                    ("initial_model", self.initial_model),
                 )
             },
+            "initial_model": [str(path.resolve()) for path in self.initial_model],
         }
 
     @classmethod
@@ -117,15 +116,19 @@ class DataSources:
         """Read what `to_dict` wrote; other keys are left alone."""
         paths = {
             name: Path(values[name]) if values.get(name) else None
-            for name in ("robot_val_data", "robots", "tokenizer", "initial_model")
+            for name in ("robot_val_data", "robots", "tokenizer")
         }
-        robot_data = values.get("robot_data") or []
-        if isinstance(robot_data, str):  # of a run that was written when there could be one only
-            robot_data = [robot_data]
+
+        def several(name: str) -> list[Path]:
+            """Of a run that was written when there could be one only, that one."""
+            found = values.get(name) or []
+            return [Path(path) for path in ([found] if isinstance(found, str) else found)]
+
         return cls(
-            [Path(path) for path in values.get("coco_data", ())],
-            [Path(path) for path in robot_data],
-            plan_data=[Path(path) for path in values.get("plan_data", ())],
+            several("coco_data"),
+            several("robot_data"),
+            plan_data=several("plan_data"),
+            initial_model=several("initial_model"),
             **paths,
         )
 
@@ -244,15 +247,19 @@ def read_sources(
     The arguments, and what is raised, are those of `prepare_training`.
     """
     tokenizer = catalog = None
-    if sources.initial_model is not None:
-        initial = open_initial_model(sources.initial_model)
+    if sources.initial_model:
+        initial = open_initial_models(sources.initial_model)
         config = _config_that_fits(initial, model_size, model_changes or {})
         tokenizer = Tokenizer.from_json(initial.tokenizer_json)
         _check_same_tokenizer(tokenizer, sources)
         if sources.robots is None:
             catalog = catalog_from_json(initial.robots_json)
-        step = "the weights" if initial.step is None else f"step {initial.step:,}"
-        observer.on_note(f"Starting from {step} of {sources.initial_model}.")
+        steps = [
+            f"{'the weights' if model.step is None else f'step {model.step:,}'} of {model.path}"
+            for model in (initial, *initial.averaged_with)
+        ]
+        mean = "the mean of " if initial.averaged_with else ""
+        observer.on_note(f"Starting from {mean}{', '.join(steps)}.")
     else:
         config = BitGenConfig.preset(model_size or DEFAULT_SIZE, **(model_changes or {}))
         if sources.tokenizer is not None:
@@ -281,7 +288,7 @@ def _config_that_fits(
     different = [
         f"{name} is {of_model[name]} there, {value} here"
         for name, value in compared.items()
-        if value is not None and value != of_model[name] and name not in _FREE_OF_WEIGHTS
+        if value is not None and value != of_model[name] and name not in FREE_OF_WEIGHTS
     ]
     if different:
         raise ConfigError(
@@ -289,7 +296,7 @@ def _config_that_fits(
             remedy="Leave these options out: a training that starts from a model has its"
             " architecture.",
         )
-    free = {n: v for n, v in model_changes.items() if n in _FREE_OF_WEIGHTS and v is not None}
+    free = {n: v for n, v in model_changes.items() if n in FREE_OF_WEIGHTS and v is not None}
     return replace(initial.config, **free)
 
 
@@ -299,7 +306,7 @@ def _check_same_tokenizer(tokenizer: Tokenizer, sources: DataSources) -> None:
     given = Tokenizer.load(sources.tokenizer)
     if json.loads(given.to_json()) != json.loads(tokenizer.to_json()):
         raise ConfigError(
-            f"{sources.tokenizer} is not the tokenizer that {sources.initial_model} was trained"
+            f"{sources.tokenizer} is not the tokenizer that {sources.initial_model[0]} was trained"
             " with: its embedding would stand for other words.",
             remedy="Leave --tokenizer out: that of --initial_model is taken.",
         )
@@ -320,7 +327,7 @@ def read_encoder(
     model_changes: Mapping[str, Any] | None,
     weights: str | None,
     observer: SetupObserver,
-    initial_model: Path | None = None,
+    initial_model: Sequence[Path] = (),
 ) -> tuple[dict[str, Any], str | None]:
     """Look at the image encoder that is asked for, before its model is made.
 
@@ -329,10 +336,10 @@ def read_encoder(
     None. The arguments, and what is raised, are those of `prepare_training`.
     """
     changes = dict(model_changes or {})
-    if initial_model is not None:
+    if initial_model:
         if weights is not None:
             raise InputError(
-                f"--encoder_weights would replace those that {initial_model} has.",
+                f"--encoder_weights would replace those that {initial_model[0]} has.",
                 remedy="Leave one of --initial_model and --encoder_weights out.",
             )
         return changes, None
@@ -582,7 +589,7 @@ def prepare_training(
         data_info=_data_info(sources, encoder_weights, data, num_skipped),
         callbacks=callbacks,
         world=world,
-        validate_first=sources.initial_model is not None,
+        validate_first=bool(sources.initial_model),
     )
 
 
@@ -602,17 +609,17 @@ def _initial_model(
     config: BitGenConfig,
     training: TrainingConfig,
     encoder_weights: str | None,
-    initial_model: Path | None,
+    initial_model: Sequence[Path],
 ) -> BitGenModel:
     """The weights that a training starts from; a function of these four alone."""
     torch.manual_seed(training.seed)
     model = BitGenModel(config)
-    if initial_model is not None:
-        initial = open_initial_model(initial_model)
+    if initial_model:
+        initial = open_initial_models(initial_model)
         tensors = initial.tensors()
         _move_robot_bias(model, tensors, initial.config.robot_names)
         _leave_task_words(model, tensors, is_same=initial.config.robot_sets == config.robot_sets)
-        load_model_tensors(model, tensors, initial_model)
+        load_model_tensors(model, tensors, initial.path)
     if encoder_weights is not None:
         load_encoder_weights(model.image_encoder, config.image_encoder, encoder_weights)
     return model
@@ -701,7 +708,7 @@ def prepare_resume(
         run.config,
         training,
         encoder_weights if starts_over else None,
-        sources.initial_model if starts_over else None,
+        sources.initial_model if starts_over else (),
     )
     if not starts_over and caches_features(run.config, training):
         # Features are of the weights that training will load: the encoder needs them now.
@@ -722,5 +729,5 @@ def prepare_resume(
         data_info=_data_info(sources, encoder_weights, data, num_skipped),
         callbacks=callbacks,
         world=world,
-        validate_first=sources.initial_model is not None,
+        validate_first=bool(sources.initial_model),
     )
