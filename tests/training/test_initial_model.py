@@ -69,6 +69,15 @@ def test_several_models_give_their_mean(make_run: MakeRun) -> None:
         torch.testing.assert_close(value, expected)
 
 
+def test_a_run_and_its_exported_file_have_a_mean(make_run: MakeRun, tmp_path: Path) -> None:
+    run_dir, path = make_run(), tmp_path / "model.safetensors"
+    export_safetensors(run_dir, path)
+    name = "text_decoder.layers.0.self_attn.q_proj.weight"
+    in_run, in_file = (open_initial_model(each).tensors()[name] for each in (run_dir, path))
+    found = open_initial_models([run_dir, path]).tensors()[name]
+    torch.testing.assert_close(found, (in_run + in_file) / 2)
+
+
 @pytest.mark.parametrize("difference", ["architecture", "catalog"])
 def test_models_that_have_no_mean_are_refused(make_run: MakeRun, difference: str) -> None:
     first = make_run("first")

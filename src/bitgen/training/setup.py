@@ -54,7 +54,6 @@ MAX_BAD_IMAGE_SHARE = 0.01
 BAD_IMAGES_NAMED = 5
 DEFAULT_SIZE = "tiny"
 
-# What a training that starts from a model may choose anew.
 # What the name of a size does not say of a model.
 _ANY_INITIAL = frozenset(("model_size", "vocab_size", "robot_names", "robot_sets"))
 _ROBOT_BIAS = "robot_selector.robot_bias"
