@@ -193,6 +193,7 @@ def test_what_ends_it_before_it_begins(chat: Chat) -> None:
         (("missing.jpg",), "missing.jpg"),
         (("--robots", "missing.json"), "missing.json"),
         (("--beam_size", 0), "beam_size"),
+        (("--length_penalty", "inf"), "length_penalty"),
         (("--backend", "other"), "other"),
     ):
         finished = chat(TASK, arguments=arguments)

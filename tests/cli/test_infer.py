@@ -313,6 +313,21 @@ def test_prompt_and_beams(run, trained: Path, pictures: list[Path]) -> None:
     assert line["caption"].startswith("A red")
 
 
+def test_length_penalty_ranks_the_beams(run, trained: Path, pictures: list[Path]) -> None:
+    model, captions = BitGen.load(trained), []
+    for length_penalty in (-4.0, 4.0):
+        (expected,) = model.caption(
+            pictures[:1], beam_size=4, max_tokens=12, length_penalty=length_penalty
+        )
+        line = run(
+            *("infer", pictures[0], "--model", trained, "--json", "--beam_size", 4),
+            *("--max_tokens", 12, "--length_penalty", length_penalty),
+        ).json()
+        assert line["caption"] == expected.text
+        captions.append(expected.text)
+    assert len(captions[0]) < len(captions[1])
+
+
 def test_one_bad_picture_among_several_and_alone(
     run, trained: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
@@ -377,6 +392,7 @@ def test_pictures_that_cannot_be_read(
         (["{folder}/*.png"], "*.png"),
         (["{picture}", "--batch_size", "0"], "batch_size"),
         (["{picture}", "--beam_size", "0"], "beam_size"),
+        (["{picture}", "--length_penalty", "inf"], "length_penalty"),
         (["{picture}", "--beam_size", "2", "--temperature", "1"], "temperature"),
         (["{picture}", "--top_p", "2"], "top_p"),
         (["{picture}", "--max_tokens", "0"], "max_tokens"),

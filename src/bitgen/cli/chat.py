@@ -18,6 +18,7 @@ from bitgen.cli.models import (
     Backend,
     BeamSize,
     Device,
+    LengthPenalty,
     MaxTokens,
     ModelToAsk,
     Temperature,
@@ -54,6 +55,7 @@ def chat(
         ),
     ] = None,
     beam_size: BeamSize = None,
+    length_penalty: LengthPenalty = 1.0,
     temperature: Temperature = 0.0,
     max_tokens: MaxTokens = 40,
     device: Device = "auto",
@@ -77,6 +79,7 @@ def chat(
 
     options = CaptionOptions(
         beam_size=1 if beam_size is None else beam_size,
+        length_penalty=length_penalty,
         temperature=temperature,
         max_tokens=max_tokens,
     )

@@ -16,6 +16,7 @@ from bitgen.cli.models import (
     BatchSize,
     BeamSize,
     Device,
+    LengthPenalty,
     MaxTokens,
     Threads,
     model_to_ask,
@@ -104,12 +105,7 @@ def evaluate(
         ),
     ] = "given",
     beam_size: BeamSize = None,
-    length_penalty: Annotated[
-        float,
-        typer.Option(
-            "--length_penalty", help="Beams: above 1 favours longer captions, below less."
-        ),
-    ] = 1.0,
+    length_penalty: LengthPenalty = 1.0,
     max_tokens: MaxTokens = 40,
     batch_size: BatchSize = 16,
     limit: Annotated[

@@ -48,6 +48,10 @@ BeamSize = Annotated[
         " words are drawn at random or drafted.",
     ),
 ]
+LengthPenalty = Annotated[
+    float,
+    typer.Option("--length_penalty", help="Beams: above 1 favours longer captions, below less."),
+]
 Temperature = Annotated[
     float, typer.Option("--temperature", help="Draw words at random; 0 takes the likeliest.")
 ]
