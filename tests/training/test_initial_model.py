@@ -7,13 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributions import Distribution, Laplace, Normal, Uniform
 
 from bitgen.errors import ConfigError, ModelFileError
 from bitgen.export.safetensors import export_safetensors, load_artifact
 from bitgen.model.bitgen import BitGenModel
-from bitgen.model.ternary import pack_ternary_layers
+from bitgen.model.ternary import pack_ternary_layers, quantize_weight
 from bitgen.training.checkpoint import load_model_tensors, open_run, read_tensors
-from bitgen.training.initial_model import open_initial_model, open_initial_models
+from bitgen.training.initial_model import (
+    likely_weights,
+    open_initial_model,
+    open_initial_models,
+)
 
 MakeRun = Callable[..., Path]
 
@@ -51,6 +56,40 @@ def test_weights_of_a_file_round_to_what_it_holds(
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "distribution",
+    [Normal(0.0, 0.07), Uniform(-0.1, 0.1), Laplace(0.0, 0.05)],
+    ids=["normal", "few zeros", "many zeros"],
+)
+def test_weights_of_a_file_are_spread_as_trained_ones(distribution: Distribution) -> None:
+    """So many lie near the threshold, where a small step changes the ternary weight."""
+    torch.manual_seed(1)
+    trained = distribution.sample((300, 500))
+    ternary, scale = quantize_weight(trained)
+    found = likely_weights(ternary, scale)
+    assert found.dtype == torch.float32
+    again, its_scale = quantize_weight(found)
+    assert torch.equal(again, ternary)
+    torch.testing.assert_close(its_scale, scale, rtol=1e-6, atol=0)
+    torch.testing.assert_close(likely_weights(ternary, scale), found, rtol=0, atol=0)
+    for near in (0.05, 0.2):
+        close, expected = (
+            ((w.abs() / scale - 0.5).abs() < near).float().mean() for w in (found, trained)
+        )
+        assert 0.8 * expected < close < 1.25 * expected
+    negative = (found[ternary == 0] < 0).float().mean()
+    assert 0.48 < negative < 0.52
+
+
+@pytest.mark.parametrize("value", [0, 1, -1])
+def test_weights_that_are_all_alike_round_to_the_same(value: int) -> None:
+    ternary = torch.full((4, 8), value, dtype=torch.int8)
+    again, scale = quantize_weight(likely_weights(ternary, torch.tensor(0.3)))
+    assert torch.equal(again, ternary)
+    if value:
+        assert scale == pytest.approx(0.3)
 
 
 def test_several_models_give_their_mean(make_run: MakeRun) -> None:

@@ -58,9 +58,8 @@ class InitialModel:
     def _own_tensors(self) -> dict[str, torch.Tensor]:
         """The float weights of this model alone.
 
-        Those of a run as they are. An exported file has ternary weights, from which the float
-        weights are made that round to them: `T * s / (share of T that is not 0)`, so that the mean
-        of the absolute values, which is the scale that training finds, is `s` again.
+        Those of a run as they are. An exported file has ternary weights, from which float weights
+        are made that round to them (`likely_weights`).
         """
         if not self.path.is_file():
             return read_tensors(open_run(self.path).model_path)
@@ -69,13 +68,47 @@ class InitialModel:
         for name, module in model.named_modules():
             if isinstance(module, PackedTernaryLinear):
                 del tensors[f"{name}.packed"], tensors[f"{name}.scale"]
-                ternary_NK = module.ternary().float()
-                share = ternary_NK.abs().mean().clamp(min=1 / ternary_NK.numel())
-                tensors[f"{name}.weight"] = ternary_NK * (module.scale / share)
+                tensors[f"{name}.weight"] = likely_weights(module.ternary(), module.scale)
             elif isinstance(module, Int8Embedding):
                 del tensors[f"{name}.tiles"], tensors[f"{name}.row_scales"]
                 tensors[f"{name}.weight"] = module.quantized() * module.row_scales[:, None]
         return tensors
+
+
+def likely_weights(ternary_NK: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Float weights that round to these ternary ones, spread as trained weights are.
+
+    Their sizes are drawn from a normal distribution, cut where so many lie below as are 0 here, and
+    fitted to the two numbers of BitNet b1.58 (arXiv 2402.17764, equations 1 to 3): the threshold is
+    at half the scale, and the mean of the sizes is the scale. As in a run, some weights then lie
+    close to the threshold, where a small step changes the ternary weight; if each lay in the middle
+    of its third, none would change at the rates of a fine-tuning. The draw is the same every time,
+    so that two trainings from one file have a mean.
+
+    Args:
+        ternary_NK: -1, 0 and 1, any dtype, of any shape.
+        scale: one number, float32.
+
+    Returns:
+        float32, of the same shape.
+    """
+    is_zero, count = ternary_NK == 0, ternary_NK.numel()
+    share = is_zero.double().mean()
+    if share in (0, 1):  # no threshold to be seen: all of one size
+        return ternary_NK.float() * scale
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(ternary_NK.shape, generator=generator, dtype=torch.float64)
+    is_negative = torch.rand(ternary_NK.shape, generator=generator) < 0.5
+    share_below = torch.where(is_zero, share * uniform, share + (1 - share) * uniform)
+    normal_size = torch.special.ndtri(0.5 + 0.5 * share_below.clamp(max=1 - 1e-7))
+    # In scales, and far enough from the threshold for the rounding of float32.
+    size = 0.5 * normal_size / torch.special.ndtri(0.5 + 0.5 * share)
+    size = torch.where(is_zero, size.clamp(max=0.499), size.clamp(min=0.501))
+    beyond = (size - 0.5).masked_fill(is_zero, 0.0)
+    missing = count - size[is_zero].sum() - 0.5 * (~is_zero).sum()
+    size = torch.where(is_zero, size, 0.5 + beyond * (missing / beyond.sum()))
+    sign = torch.where(is_zero, 1.0 - 2.0 * is_negative, ternary_NK.double())
+    return (sign * size * scale.double()).float()
 
 
 def open_initial_model(path: Path) -> InitialModel:
