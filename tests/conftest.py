@@ -84,6 +84,8 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
                 make_lively(model)
                 for name, buffer in model.robot_selector.named_buffers():
                     buffer.copy_(torch.rand(buffer.shape) + (name == "word_idf"))
+                if config.caption_idf:
+                    model.caption_idf.copy_(4 * torch.rand(config.vocab_size))
             save_checkpoint(
                 run_dir,
                 step,

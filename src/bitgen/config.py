@@ -25,6 +25,10 @@ PARALLEL_STRATEGIES = ("ddp", "fsdp")
 OBJECTIVES = ("caption", "mlm", "self_critical")
 TASK_WORD_BINS = 4096
 """Into so many bins the parts of tasks' words are hashed (`bitgen.dataset.task_words`)."""
+
+CAPTION_IDF = "caption_idf"
+"""Tensor of a model, float16 `[V]`: inverse document frequencies of its training captions' tokens
+(`bitgen.dataset.samples.TrainingSet.caption_idf`)."""
 BEST_BY = ("auto", "loss", "cider")
 MAX_PREDICT_TOKENS = 8
 WORD_PRETRAINING_PERCENT = 60
@@ -151,6 +155,9 @@ class BitGenConfig(_JsonConfig):
     robot_names: tuple[str, ...] = _field((), "Robots seen in training: each has a learned bias.")
     robot_sets: tuple[int, ...] = _field(
         (), "Sets of them that tasks named; bit r of a set stands for the robot r."
+    )
+    caption_idf: bool = _field(
+        False, "Whether the weights hold in how few captions each token was, for --consensus."
     )
 
     def __post_init__(self) -> None:

@@ -194,6 +194,7 @@ def test_what_ends_it_before_it_begins(chat: Chat) -> None:
         (("--robots", "missing.json"), "missing.json"),
         (("--beam_size", 0), "beam_size"),
         (("--length_penalty", "inf"), "length_penalty"),
+        (("--consensus", 1), "consensus"),
         (("--backend", "other"), "other"),
     ):
         finished = chat(TASK, arguments=arguments)

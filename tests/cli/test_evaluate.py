@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from bitgen.dataset.coco import load_coco
 from bitgen.inference.evaluate import has_java, split_words
+from bitgen.inference.predictor import BitGen
 
 from .conftest import Run
 
@@ -273,6 +275,28 @@ def test_an_exported_file_gets_its_runs_figures(
     assert "CIDEr" in table.stdout
     assert "exact match" in table.stdout
     assert "same rules in Python" in table.stderr
+
+
+def test_a_consensus_is_scored(run: Run, exported: Path, scenes: Path, tmp_path: Path) -> None:
+    results, captions = tmp_path / "results.json", []
+    options = {"consensus": 4, "temperature": 0.8, "max_tokens": 9}
+    for seed in (0, 7):
+        done = run(
+            *("evaluate", "--model", exported, "--coco_data", scenes, "--no_java", "--no_loss"),
+            *("--seed", seed, "--write_predictions", results),
+            *(word for name, value in options.items() for word in (f"--{name}", value)),
+        )
+        assert done.code == 0, done.stderr
+        found = {entry["image_id"]: entry["caption"] for entry in json.loads(results.read_text())}
+        images = load_coco([scenes], "val")
+        expected = BitGen.load(exported).caption(
+            [image.path for image in images], seed=seed, **options
+        )
+        assert found == {
+            image.image_id: caption.text for image, caption in zip(images, expected, strict=True)
+        }
+        captions.append(found)
+    assert captions[0] != captions[1]
 
 
 def test_says_what_to_install(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -328,6 +328,18 @@ def test_length_penalty_ranks_the_beams(run, trained: Path, pictures: list[Path]
     assert len(captions[0]) < len(captions[1])
 
 
+def test_consensus_is_the_same_every_time_and_has_no_beams(
+    run, trained: Path, pictures: list[Path]
+) -> None:
+    (expected,) = BitGen.load(trained).caption(pictures[:1], consensus=5, max_tokens=12)
+    for extra in ((), ("--seed", 0), ("--temperature", 0.5, "--seed", 0)):
+        line = run(
+            *("infer", pictures[0], "--model", trained, "--json", "--max_tokens", 12),
+            *("--consensus", 5, *extra),
+        ).json()
+        assert line["caption"] == expected.text
+
+
 def test_one_bad_picture_among_several_and_alone(
     run, trained: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
@@ -395,6 +407,9 @@ def test_pictures_that_cannot_be_read(
         (["{picture}", "--length_penalty", "inf"], "length_penalty"),
         (["{picture}", "--beam_size", "2", "--temperature", "1"], "temperature"),
         (["{picture}", "--top_p", "2"], "top_p"),
+        (["{picture}", "--consensus", "1"], "consensus must be 2 to"),
+        (["{picture}", "--consensus", "8", "--beam_size", "5"], "no beams"),
+        (["{picture}", "--consensus", "8", "--speculative"], "speculative"),
         (["{picture}", "--max_tokens", "0"], "max_tokens"),
         (["{picture}", "--device", "abacus"], "abacus"),
         (["{picture}", "--backend", "loom"], "loom"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bitgen.config import BitGenConfig
+from bitgen.dataset.coco import load_coco
 from bitgen.dataset.tokenizer import Tokenizer
 from bitgen.export.loaded import load_run
 from bitgen.export.safetensors import load_artifact
@@ -59,7 +61,7 @@ def test_the_size_decides_what_is_not_given(
     del options[options.index("--image_size") : options.index("--image_size") + 2]
     finished = run("train", "--coco_data", scenes, "--output_dir", tmp_path / "run", *options)
     assert finished.code == 0, finished.stderr
-    assert open_run(tmp_path / "run").config == BitGenConfig.preset("nano")
+    assert open_run(tmp_path / "run").config == BitGenConfig.preset("nano", caption_idf=True)
 
 
 def test_summary_as_json_and_several_data_sets(
@@ -611,6 +613,26 @@ def test_a_training_starts_from_another_runs_weights(
     assert [line["step"] for line in metrics(tmp_path / "run") if line["kind"] == "validation"] == [
         0, 1,
     ]  # fmt: skip
+
+
+def test_frequencies_of_captions_are_counted_where_a_model_has_none(
+    run, scenes: Path, make_run, small_training: list[str], tmp_path: Path
+) -> None:
+    old = make_run("old")  # as runs were before they had them
+    assert not open_run(old).config.caption_idf
+    finished = run(
+        *("train", "--initial_model", old, "--coco_data", scenes, "--max_steps", 1),
+        *("--batch_size", 4, "--cache_dir", small_training[-1], "--output_dir", tmp_path / "new"),
+    )
+    assert finished.code == 0, finished.stderr
+    tokenizer = Tokenizer.from_json(open_run(old).tokenizer_json)
+    texts = [text for image in load_coco([scenes], "train") for text in image.captions]
+    words = {token for text in texts for token in tokenizer.encode(text)}
+    assert open_run(tmp_path / "new").config.caption_idf
+    idf = load_run(tmp_path / "new").model.caption_idf
+    unseen = torch.tensor([token not in words for token in range(len(idf))])
+    assert idf[unseen].unique().tolist() == pytest.approx([math.log(40)], rel=1e-3)
+    assert 0 <= idf[~unseen].min() < idf[~unseen].max() <= idf[unseen][0]
 
 
 def test_a_training_starts_from_an_exported_file(

@@ -314,6 +314,20 @@ def test_collate_pads_labels_and_masks_what_is_not_there() -> None:
     assert text_only.images is None and text_only.robot_labels.shape == (1, 0)
 
 
+def test_inverse_document_frequencies_take_a_pictures_captions_as_one_document(
+    pictures: list[CaptionedImage], tmp_path: Path
+) -> None:
+    found = make_set(pictures, tmp_path).caption_idf()
+    documents = [
+        {token for caption in entry.captions for token in TOKENIZER.encode(caption)}
+        for entry in pictures
+    ]
+    counts = [sum(token in document for document in documents) for token in range(len(found))]
+    assert found.dtype == np.float32 and len(found) == CONFIG.vocab_size
+    np.testing.assert_allclose(found, [np.log(6 / max(1, count)) for count in counts], rtol=1e-6)
+    assert {0, 1, 5, 6} <= set(counts)
+
+
 def test_image_words_weigh_what_tells_pictures_apart(
     pictures: list[CaptionedImage], tmp_path: Path
 ) -> None:

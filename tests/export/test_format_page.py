@@ -68,12 +68,13 @@ def test_the_rules_of_the_page_read_matrices_of_many_tiles(
         assert names_of_the_page["int8"](packed, 41, row, column) == expected
 
 
-def rows_of_tables(has_experts: bool, has_robot_sets: bool) -> Iterator[tuple[str, str, str]]:
+def rows_of_tables(config: BitGenConfig) -> Iterator[tuple[str, str, str]]:
     """Name, kind and shape of each row that stands for tensors of such a model."""
     page = PAGE.read_text("utf-8").partition("## Which tensors there are")[2]
     tables = page.partition("## Accuracy")[0].split("| name | kind | shape |")[1:]
-    both, dense, experts, task_words = tables
-    of_model = [both, experts if has_experts else dense, *[task_words] * has_robot_sets]
+    both, dense, experts, task_words, idf = tables
+    of_model = [both, experts if config.num_experts > 1 else dense]
+    of_model += [task_words] * bool(config.robot_sets) + [idf] * config.caption_idf
     for table in of_model:
         for name, kind, shape in re.findall(r"^\| `(.*?)` \| (\w+) \| (.*?) ?\|$", table, re.M):
             yield name, kind, shape.strip("`")
@@ -103,7 +104,7 @@ def expected_tensors(
         "w": {**dict(enumerate(widths_of_stem)), -1: 3},
     }  # fmt: skip
     found: dict[str, tuple[int, ...]] = {}
-    for pattern, kind, formula in rows_of_tables(config.num_experts > 1, bool(config.robot_sets)):
+    for pattern, kind, formula in rows_of_tables(config):
         used = [letter for letter in counts if f"{{{letter}}}" in pattern]
         for numbers in itertools.product(*(counts[letter] for letter in used)):
             places = dict(zip(used, numbers, strict=True))
@@ -143,8 +144,12 @@ def tensors_of(
         ({"stem_residual_convolutions": 2}, "2", "float32", "float32"),
         ({"stem_residual_convolutions": 1}, "2", "float32", "int8"),
         ({"robot_sets": (1, 3)}, "2", "float32", "float32"),
+        ({"caption_idf": True}, "2", "float32", "float32"),
     ],
-    ids=["dense", "experts and future heads", "1.6 bits", "residual stem", "int8 stem", "words"],
+    ids=[
+        *("dense", "experts and future heads", "1.6 bits", "residual stem", "int8 stem", "words"),
+        "idf",
+    ],
 )
 def test_tables_name_every_tensor(
     make_run: Callable[..., Path],
@@ -159,7 +164,8 @@ def test_tables_name_every_tensor(
     header = read_header(path)
     found = {name: stored.shape for name, stored in header.tensors.items()}
     halves = {name for name, stored in header.tensors.items() if stored.dtype == np.float16}
-    assert halves == {name for name in found if name.startswith("robot_selector.word_")}
+    of_words = ("robot_selector.word_", "caption_idf")
+    assert halves == {name for name in found if name.startswith(of_words)}
     assert found == expected_tensors(header.config, packing, embedding, convolutions)
 
 

@@ -21,6 +21,10 @@ from bitgen.errors import InputError
 from bitgen.export.artifact import open_artifact
 from bitgen.export.safetensors import export_safetensors
 from bitgen.inference import native_backend
+from bitgen.inference.consensus import most_agreed
+from bitgen.inference.engine import GenerationOptions
+from bitgen.inference.generate import generate
+from bitgen.inference.pipeline import picture_pixels
 from bitgen.inference.predictor import BitGen, Caption, CaptionOptions
 from bitgen.kernels import library
 
@@ -123,6 +127,56 @@ def test_a_tiny_temperature_draws_the_likeliest_and_seeds_repeat(
     assert native.caption(pictures, seed=-5, batch_size=2, **hot) == first
     assert native.caption(pictures, seed=6, **hot) != first
     assert native.caption(pictures, **hot) != native.caption(pictures, **hot)
+
+
+@needs_library
+@pytest.mark.parametrize("has_idf", [True, False])
+def test_a_consensus_is_the_caption_that_is_most_like_those_drawn(
+    make_run: MakeRun, pictures: list[Path], has_idf: bool
+) -> None:
+    native, reference = both(make_run(caption_idf=has_idf))
+    idf_V = native._native._caption_idf_V
+    assert (idf_V is not None) == has_idf
+    np.testing.assert_array_equal(idf_V, reference._torch._caption_idf_V)
+    options = {"max_tokens": 8, "temperature": 1.5}
+    for model in (native, reference):
+        found = model.caption(pictures[:4], consensus=6, seed=3, **options)
+        num_equal = 0
+        for picture, caption in zip(pictures, found, strict=False):
+            (alone,) = model.caption(picture, consensus=6, seed=3, **options)
+            drawn = drawn_captions(model, picture, 6, 3, **options)
+            assert alone.token_ids == drawn[most_agreed(drawn, idf_V)]
+            num_equal += alone.token_ids == caption.token_ids
+        assert num_equal >= 3  # one may fall to the other side of a rounding
+        # At no temperature they are drawn at half of one, and alike every time.
+        without = model.caption(pictures[:4], consensus=6, max_tokens=8)
+        again = model.caption(pictures[:4], consensus=6, max_tokens=8, temperature=0.5, seed=0)
+        assert without == again == model.caption(pictures[:4], consensus=6, max_tokens=8)
+        cold = model.caption(pictures, consensus=3, temperature=1e-6, max_tokens=8)
+        assert_same(cold, model.caption(pictures, max_tokens=8))
+
+
+def drawn_captions(
+    model: BitGen, picture: Path, count: int, seed: int, max_tokens: int, temperature: float
+) -> list[list[int]]:
+    """Token ids of captions, by the functions below `BitGen`."""
+    tokenizer = model.tokenizer
+    pixels = picture_pixels(picture, model.config)
+    never_ids = sorted(tokenizer.special_ids - {tokenizer.eos_id})
+    if model.backend == "native":
+        engine = model._native._engine
+        options = GenerationOptions(
+            eos_id=tokenizer.eos_id, max_tokens=max_tokens, temperature=temperature,
+            never_ids=never_ids, vocab_size=tokenizer.vocab_size, num_samples=count,
+        )  # fmt: skip
+        images = engine.encode_images(pixels[None])
+        return [g.tokens for g in engine.generate([[tokenizer.bos_id]], images, options, [seed])]
+    drawn = generate(
+        model.model, model._torch._images([pixels]), [[tokenizer.bos_id]], tokenizer.eos_id,
+        max_tokens, temperature=temperature, never_ids=never_ids, vocab_size=tokenizer.vocab_size,
+        generators=[torch.Generator().manual_seed(seed)], num_samples=count,
+    )  # fmt: skip
+    return [got.tokens for got in drawn]
 
 
 @needs_library

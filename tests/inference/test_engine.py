@@ -321,6 +321,71 @@ def test_a_seed_decides_the_draws_whatever_stands_beside() -> None:
     assert engine.generate(prompts, None, options) != engine.generate(prompts, None, options)
 
 
+@pytest.mark.parametrize("cut", [{}, {"top_k": 4}, {"top_p": 0.8}])
+def test_samples_of_a_prompt_are_spread_evenly(cut: dict[str, Any]) -> None:
+    """Of S samples, S times its probability say a token, to within one; so do pairs of tokens."""
+    model = packed_model(attention_mode="causal")
+    engine = engine_of(model)
+    ids, temperature, num_samples = [5, 9, 11], 0.8, 300
+    options = GenerationOptions(
+        eos_id=EOS, max_tokens=2, temperature=temperature, never_ids=(7,), num_samples=num_samples,
+        **cut,
+    )  # fmt: skip
+
+    def probabilities(tokens: list[int]) -> np.ndarray:
+        logits = torch_logits(model, [*ids, *tokens], None)[0][-1].double() / temperature
+        logits[7] = -torch.inf
+        order = logits.argsort(descending=True)[: cut.get("top_k") or len(logits)]
+        kept = torch.softmax(logits[order], dim=0)
+        kept[kept.cumsum(0) - kept >= cut.get("top_p", 1.0)] = 0
+        found = np.zeros(len(logits))
+        found[order.numpy()] = (kept / kept.sum()).numpy()
+        return found
+
+    first = probabilities([])
+    for seed in range(3):
+        drawn = engine.generate([ids], None, options, seeds=[seed])
+        said = [tuple([*got.tokens, EOS][:2]) for got in drawn]
+        counts = np.bincount([tokens[0] for tokens in said], minlength=50)
+        assert np.abs(counts - num_samples * first).max() < 1.05  # roundings of sums
+        for token in counts.argsort()[-3:].tolist():
+            if token == EOS:
+                continue
+            pairs = np.bincount([t[1] for t in said if t[0] == token], minlength=50)
+            expected = num_samples * first[token] * probabilities([token])
+            assert np.abs(pairs - expected).max() < 1.05
+
+
+def test_samples_of_several_prompts_are_those_of_each_alone() -> None:
+    """Whatever is read as one meanwhile; and each has the log-probability of its own tokens."""
+    model = packed_model(attention_mode="causal")
+    engine = engine_of(model)
+    prompts = random_prompts(model, [3, 3, 5])
+    options = GenerationOptions(EOS, 12, temperature=0.7, num_samples=9, rows=2)
+    together = engine.generate(prompts, None, options, [4, 5, 6])
+    assert len(together) == 27
+    for row, prompt in enumerate(prompts):
+        alone = engine.generate([prompt], None, options, [4 + row])
+        assert [got.tokens for got in alone] == [
+            got.tokens for got in together[9 * row : 9 * row + 9]
+        ]
+        assert len({tuple(got.tokens) for got in alone}) > 1
+        for got in alone:
+            tokens = [*got.tokens, EOS] if got.finished else got.tokens
+            logits = torch_logits(model, [*prompt, *tokens[:-1]], None)[0].double()
+            scored = torch.log_softmax(logits, dim=-1)[-len(tokens) :]
+            expected = scored[range(len(tokens)), tokens].sum().item()
+            assert got.log_probability == pytest.approx(expected, abs=0.05)
+
+
+def test_samples_go_on_differing_when_the_interval_is_used_up() -> None:
+    engine = engine_of(packed_model())
+    options = GenerationOptions(EOS, 40, temperature=30.0, never_ids=(EOS,), num_samples=64)
+    drawn = engine.generate([[3, 4]], None, options, [2])
+    assert all(len(got.tokens) == 40 for got in drawn)
+    assert len({tuple(got.tokens[30:]) for got in drawn}) == 64
+
+
 def test_a_tiny_temperature_is_greedy() -> None:
     engine = engine_of(packed_model())
     prompts = random_prompts(packed_model(), [3, 5])
@@ -577,6 +642,8 @@ def test_a_past_needs_a_cache_of_this_engine() -> None:
         ({"temperature": 1.0, "top_k": -1}, "top_k"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p"),
         ({"top_k": 3}, "does not sample"),
+        ({"num_samples": 0, "temperature": 1.0}, "num_samples"),
+        ({"num_samples": 2}, "need a temperature"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:

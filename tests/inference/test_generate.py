@@ -289,6 +289,86 @@ def test_a_longer_limit_does_not_change_the_draws_before_it() -> None:
         assert sample(limit) == longest[:limit]
 
 
+@pytest.mark.parametrize("cut", [{}, {"top_k": 4}, {"top_p": 0.8}])
+def test_samples_of_a_prompt_are_spread_evenly(cut: dict[str, Any]) -> None:
+    """Of S samples, S times its probability say a token, to within one; so do pairs of tokens."""
+    model, temperature, num_samples = toy_model(3, quantization="none"), 1.3, 200
+    images = toy_images(1)
+    for seed in range(3):
+        drawn = run(
+            model, [PROMPTS[0]], images=images, max_tokens=2, temperature=temperature,
+            generators=[torch.Generator().manual_seed(seed)], num_samples=num_samples, **cut,
+        )  # fmt: skip
+        said = [tuple([*got.tokens, EOS][:2]) for got in drawn]
+        first = drawn_probabilities(model, images[0], PROMPTS[0], [], temperature, **cut)
+        counts = Counter(tokens[0] for tokens in said)
+        for token, probability in enumerate(first.tolist()):
+            assert abs(counts[token] - num_samples * probability) < 1 + 1e-3
+            if token == EOS or probability == 0:
+                continue
+            second = drawn_probabilities(model, images[0], PROMPTS[0], [token], temperature, **cut)
+            pairs = Counter(tokens[1] for tokens in said if tokens[0] == token)
+            for other, its_probability in enumerate(second.tolist()):
+                expected = num_samples * probability * its_probability
+                assert abs(pairs[other] - expected) < 1 + 1e-3
+
+
+def drawn_probabilities(
+    model: BitGenModel, image: torch.Tensor, prompt: Sequence[int], tokens: Sequence[int],
+    temperature: float, top_k: int = 0, top_p: float = 1.0,
+) -> torch.Tensor:  # fmt: skip
+    """Float64 `[V]`: how likely each token is to be drawn next."""
+    logits = next_log_probabilities(model, image, prompt, tokens) / temperature
+    logits[[*NEVER, *range(USED_VOCABULARY, len(logits))]] = -torch.inf
+    probability = logits.softmax(dim=0)
+    order = probability.argsort(descending=True)
+    if top_k:
+        probability[order[top_k:]] = 0
+        probability /= probability.sum()
+    before = probability[order].cumsum(dim=0) - probability[order]
+    probability[order[before >= top_p]] = 0
+    return probability / probability.sum()
+
+
+@with_and_without_experts
+def test_samples_are_those_of_each_prompt_alone_with_the_models_log_probability(
+    experts: dict[str, int],
+) -> None:
+    model = toy_model(1, quantization="none", **experts)
+    images, rows = toy_images(len(PROMPTS)), range(len(PROMPTS))
+    options = {"temperature": 1.5, "num_samples": 5}
+
+    def generators(chosen: Sequence[int]) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(row) for row in chosen]
+
+    together = run(model, PROMPTS, images=images, generators=generators(rows), **options)
+    assert len(together) == 5 * len(PROMPTS)
+    for row in rows:
+        alone = run(
+            model, [PROMPTS[row]], images=images[row : row + 1], generators=generators([row]),
+            **options,
+        )  # fmt: skip
+        for got, one in zip(together[5 * row : 5 * row + 5], alone, strict=True):
+            assert got.tokens == one.tokens
+            tokens = [*got.tokens, EOS] if got.finished else got.tokens
+            expected = sequence_log_probability(model, images[row], PROMPTS[row], tokens)
+            assert got.log_probability == pytest.approx(expected, abs=1e-4)
+
+
+def test_samples_go_on_differing_when_the_interval_is_used_up() -> None:
+    drawn = generate(
+        toy_model(0), None, [[BOS]], EOS, 28, temperature=30.0, never_ids=[EOS], num_samples=64,
+        generators=[torch.Generator().manual_seed(2)],
+    )  # fmt: skip
+    assert len({tuple(got.tokens[18:]) for got in drawn}) == 64
+
+
+def test_samples_that_cannot_be_drawn_are_refused() -> None:
+    for options in ({"num_samples": 0, "temperature": 1.0}, {"num_samples": 2}):
+        with pytest.raises(ValueError, match="samples cannot be drawn"):
+            run(toy_model(), PROMPTS, **options)
+
+
 def test_log_probability_is_the_models_own_whatever_chose_the_tokens() -> None:
     model = toy_model(4, quantization="none")
     images = toy_images(len(PROMPTS))

@@ -17,6 +17,7 @@ from bitgen.cli.failures import EXIT_BAD_INPUT
 from bitgen.cli.models import (
     Backend,
     BeamSize,
+    Consensus,
     Device,
     LengthPenalty,
     MaxTokens,
@@ -56,6 +57,7 @@ def chat(
     ] = None,
     beam_size: BeamSize = None,
     length_penalty: LengthPenalty = 1.0,
+    consensus: Consensus = 0,
     temperature: Temperature = 0.0,
     max_tokens: MaxTokens = 40,
     device: Device = "auto",
@@ -80,6 +82,7 @@ def chat(
     options = CaptionOptions(
         beam_size=1 if beam_size is None else beam_size,
         length_penalty=length_penalty,
+        consensus=consensus,
         temperature=temperature,
         max_tokens=max_tokens,
     )

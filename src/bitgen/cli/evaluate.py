@@ -15,9 +15,11 @@ import typer
 from bitgen.cli.models import (
     BatchSize,
     BeamSize,
+    Consensus,
     Device,
     LengthPenalty,
     MaxTokens,
+    Temperature,
     Threads,
     model_to_ask,
     with_beams,
@@ -106,6 +108,9 @@ def evaluate(
     ] = "given",
     beam_size: BeamSize = None,
     length_penalty: LengthPenalty = 1.0,
+    consensus: Consensus = 0,
+    temperature: Temperature = 0.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of words that are drawn.")] = 0,
     max_tokens: MaxTokens = 40,
     batch_size: BatchSize = 16,
     limit: Annotated[
@@ -182,6 +187,9 @@ def evaluate(
                 options = CaptionOptions(
                     beam_size=1 if beam_size is None else beam_size,
                     length_penalty=length_penalty,
+                    consensus=consensus,
+                    temperature=temperature,
+                    seed=seed,
                     max_tokens=max_tokens,
                     batch_size=batch_size,
                 )

@@ -17,6 +17,7 @@ from bitgen.cli.models import (
     Backend,
     BatchSize,
     BeamSize,
+    Consensus,
     Device,
     LengthPenalty,
     MaxTokens,
@@ -86,6 +87,7 @@ def infer(
     ] = False,
     beam_size: BeamSize = None,
     length_penalty: LengthPenalty = 1.0,
+    consensus: Consensus = 0,
     temperature: Temperature = 0.0,
     top_k: Annotated[
         int, typer.Option("--top_k", help="Draw among so many likeliest tokens; 0: all.")
@@ -217,6 +219,7 @@ def infer(
     options = CaptionOptions(
         beam_size=1 if beam_size is None else beam_size,
         length_penalty=length_penalty,
+        consensus=consensus,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,

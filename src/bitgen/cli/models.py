@@ -48,6 +48,15 @@ BeamSize = Annotated[
         " words are drawn at random or drafted.",
     ),
 ]
+Consensus = Annotated[
+    int,
+    typer.Option(
+        "--consensus",
+        metavar="N",
+        help="Draw N captions, such as 64, and take the one most like all of them: better than"
+        " beams, and several times slower. 0: no.",
+    ),
+]
 LengthPenalty = Annotated[
     float,
     typer.Option("--length_penalty", help="Beams: above 1 favours longer captions, below less."),
@@ -110,5 +119,5 @@ def with_beams(
     if beam_size is not None:
         return replace(options, beam_size=beam_size)
     drafts = options.speculative or (options.speculative is None and config.predict_tokens > 1)
-    is_greedy = options.temperature > 0 or drafts
+    is_greedy = options.temperature > 0 or options.consensus > 0 or drafts
     return replace(options, beam_size=1 if is_greedy else DEFAULT_BEAMS)

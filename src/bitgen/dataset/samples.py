@@ -81,7 +81,7 @@ class TrainingSet(Dataset[Sample]):
         self._prompt_probability = training.prompt_probability if training_mode else 0.0
         self._task_word_dropout = training.task_word_dropout if training_mode else 0.0
         self._robot_names = tuple(robot_names)
-        self._image_size = config.image_size
+        self._image_size, self._vocab_size = config.image_size, config.vocab_size
         self._is_bidirectional = config.attention_mode == "bidirectional"
         # Seen from both sides, a word that is not hidden would be read off.
         self.captions_have_loss = not self._is_bidirectional or training.objective == "mlm"
@@ -136,6 +136,18 @@ class TrainingSet(Dataset[Sample]):
     def longest_plan(self) -> int:
         """Tokens of the longest plan with its task; 0 without plans."""
         return max((len(ids) for _, ids, _ in self._plan_texts), default=0)
+
+    def caption_idf(self) -> np.ndarray:
+        """Inverse document frequency of each token, float32 `[V]`: the captions of a picture are a
+        document, ln(N / n) for a token that n of N of them have, at least one (arXiv 1411.5726,
+        equation 1)."""
+        num_pictures = len(self._images)
+        ends = self._token_ends[self._first_captions]
+        picture_of = np.repeat(np.arange(num_pictures), np.diff(ends))
+        found = np.unique(picture_of * self._vocab_size + self._tokens)
+        counts_V = np.bincount(found % self._vocab_size, minlength=self._vocab_size)
+        idf_V: np.ndarray = np.log(num_pictures / np.maximum(counts_V, 1)).astype(np.float32)
+        return idf_V
 
     def task_number(self, index: int) -> int | None:
         """Which of `tasks` a sample is; None for captions and plans."""

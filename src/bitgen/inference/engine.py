@@ -84,6 +84,8 @@ class GenerationOptions:
         temperature: 0 takes the likeliest token.
         top_k: sample among the so many likeliest tokens; 0 among all.
         top_p: sample among the fewest likeliest tokens that hold this probability.
+        num_samples: texts drawn of each row, spread evenly over what the model may say (arithmetic
+            sampling, arXiv 2210.15458). Those that begin alike are read as one.
         never_ids: tokens that are never chosen.
         vocab_size: ids from here on are never chosen; None = that of the model.
         rows: prompts that are worked on at a time.
@@ -96,6 +98,7 @@ class GenerationOptions:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    num_samples: int = 1
     never_ids: Sequence[int] = ()
     vocab_size: int | None = None
     rows: int = 16
@@ -319,7 +322,7 @@ class Engine:
         options: GenerationOptions,
         seeds: Sequence[int] | None = None,
     ) -> list[EngineGeneration]:
-        """Continue prompts: `Generator` for all of them, in their order.
+        """Continue prompts: `Generator` for all of them, in their order; `num_samples` a row.
 
         Args:
             prompt_ids: token ids of each row, at least one.
@@ -338,8 +341,10 @@ class Engine:
         generator = Generator(self, options)
         for row, ids in enumerate(prompt_ids):
             generator.add(ids, pictures[row], None if seeds is None else seeds[row])
-        found = dict(generator)
-        return [found[row] for row in range(len(prompt_ids))]
+        found: dict[int, list[EngineGeneration]] = {}
+        for row, generation in generator:
+            found.setdefault(row, []).append(generation)
+        return [generation for row in range(len(prompt_ids)) for generation in found[row]]
 
     def _set(
         self, name: str, tensor: npt.NDArray[Any], tensors: Mapping[str, npt.NDArray[Any]]
@@ -404,8 +409,8 @@ class Generator:
     """Continues prompts, several at a time: where one ends, the next one takes its place.
 
     Iterating works until all prompts added so far have ended, and gives each row's number (counted
-    from 0 in the order of `add`) and what it generated, as soon as it ends. Prompts may be added
-    meanwhile, also by another thread.
+    from 0 in the order of `add`) and what it generated, as soon as it ends; each of a row's samples
+    one after the other. Prompts may be added meanwhile, also by another thread.
     """
 
     def __init__(self, engine: Engine, options: GenerationOptions) -> None:
@@ -427,6 +432,7 @@ class Generator:
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
+            num_samples=options.num_samples,
         )
         self._handle = native.bitgen_generator_new(engine._handle, ctypes.byref(structure))
         engine._check(self._handle)
@@ -586,6 +592,7 @@ class _GeneratorOptions(ctypes.Structure):
         ("temperature", ctypes.c_double),
         ("top_k", ctypes.c_int64),
         ("top_p", ctypes.c_double),
+        ("num_samples", ctypes.c_int64),
     ]
 
 

@@ -7,8 +7,8 @@ Prompts of different length are padded on the left, so that all rows of a batch 
 column. What a row answers depends on its own picture, prompt and random numbers, not on the rows
 beside it (up to the last bits of float sums, which some kernels order by the batch's shape).
 
-Shapes: B rows, K beams, N rows of the cache in beam search (B times K), V vocabulary, T tokens
-that may be generated.
+Shapes: B rows, K beams, N rows of the cache (B times the beams or samples of each), V vocabulary, T
+tokens that may be generated.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def generate(
     attention_window: int = 0,
     speculative: bool | None = None,
     graphs: DecodingGraphs | None = None,
+    num_samples: int = 1,
 ) -> list[Generation]:
     """Continue each prompt until the end of text or `max_tokens`.
 
@@ -87,9 +88,11 @@ def generate(
             it can be done and the batch is small.
         graphs: read token after token by recorded steps of this model (CUDA graphs), which are kept
             there for later calls; None calls the model. The same answers up to rounding.
+        num_samples: texts drawn of each row, above 1 only with a temperature. They are spread
+            evenly over what the model may say (see `_Sampler`).
 
     Returns:
-        One `Generation` a row, in order.
+        One `Generation` a row, in order; or `num_samples` of the first row, then of the next.
 
     Raises:
         InputError: an option out of range, options that exclude each other, prompt and
@@ -130,6 +133,8 @@ def generate(
         raise ValueError("The recorded steps are those of another model.")
     if generators is not None and len(generators) != len(prompt_ids):
         raise ValueError(f"{len(generators)} generators, but {len(prompt_ids)} prompts.")
+    if num_samples < 1 or (num_samples > 1 and temperature == 0):
+        raise ValueError(f"{num_samples} samples cannot be drawn at temperature {temperature}.")
 
     was_training = model.training
     model.eval()
@@ -143,15 +148,16 @@ def generate(
             assert isinstance(cache, StaticCache)
             return _generate_speculatively(model, read, cache, never_V, eos_id, max_tokens)
         logits_BV = read.logits[:, -1].float()
-        # From here on each row is beam_size rows of the cache.
-        row_N = torch.arange(len(prompt_ids), device=never_V.device).repeat_interleave(beam_size)
+        # From here on each row is so many rows of the cache.
+        copies = max(beam_size, num_samples)
+        row_N = torch.arange(len(prompt_ids), device=never_V.device).repeat_interleave(copies)
         decoder: Decoder
         if graphs is not None and later_tokens:
             assert isinstance(cache, StaticCache)
             decoder = graphs.decoder(cache, row_N, cache.length + later_tokens)
         else:
             decoder = EagerDecoder(model, cache)
-            if beam_size > 1:
+            if copies > 1:
                 decoder.reorder(row_N)
         if beam_size > 1:
             return _beam_search(
@@ -159,11 +165,12 @@ def generate(
             )
         if temperature > 0:
             sampler = _Sampler(
-                temperature, top_k, top_p, generators, len(prompt_ids), max_tokens, never_V.device
-            )
+                temperature, top_k, top_p, generators, len(prompt_ids), max_tokens, never_V.device,
+                num_samples,
+            )  # fmt: skip
         else:
             sampler = None
-        return _generate_one_by_one(decoder, logits_BV, never_V, eos_id, max_tokens, sampler)
+        return _generate_one_by_one(decoder, logits_BV[row_N], never_V, eos_id, max_tokens, sampler)
     finally:
         model.train(was_training)
 
@@ -395,7 +402,12 @@ def _until(tokens: list[int], eos_id: int) -> list[int]:
 class _Sampler:
     """Draws one token a row from logits `[B, V]`, by inverting the cumulative distribution.
 
-    Each row uses numbers of its own generator, drawn ahead: one a step.
+    Each prompt has a generator, and is `num_samples` rows; numbers are drawn ahead, one a step and
+    row. Several rows of a prompt share out the unit interval instead (arithmetic sampling, arXiv
+    2210.15458): each has a number in it, its code, and where it says a token, the token's part of
+    the interval is stretched to the whole. So tokens come as often as their probabilities say, not
+    by luck, and each row is still drawn from the model. Where a row is alone in the interval that
+    is left, it goes on by its own numbers.
     """
 
     def __init__(
@@ -404,17 +416,24 @@ class _Sampler:
         top_k: int,
         top_p: float,
         generators: Sequence[torch.Generator] | None,
-        rows: int,
+        prompts: int,
         max_tokens: int,
         device: torch.device,
+        num_samples: int = 1,
     ) -> None:
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         if generators is None:
-            seeds = torch.randint(2**62, (rows,)).tolist()
+            seeds = torch.randint(2**62, (prompts,)).tolist()
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.uniform_BT = torch.stack(
-            [torch.rand(max_tokens, generator=g, device=g.device).to(device) for g in generators]
+        shape = num_samples, max_tokens
+        self.uniform_BT = torch.cat(
+            [torch.rand(shape, generator=g, device=g.device).to(device) for g in generators]
         )
+        shift_B = self.uniform_BT[::num_samples, 0].double()
+        sample_S = torch.arange(num_samples, device=device)
+        self.num_samples = num_samples
+        self.code_N = ((shift_B.unsqueeze(1) + sample_S) / num_samples).flatten()
+        self.width_N = torch.full_like(self.code_N, 1.0 if num_samples > 1 else 0.0)
 
     def __call__(self, logits_BV: torch.Tensor, step: int) -> torch.Tensor:
         """Token ids `[B]`. Logits of -inf are never chosen."""
@@ -425,17 +444,25 @@ class _Sampler:
             logits_BV, tokens = logits_BV.sort(descending=True)
         # The largest logit is taken off first: a tiny temperature must not overflow.
         logits_BV = logits_BV - logits_BV.amax(dim=-1, keepdim=True)
-        probability = torch.softmax(logits_BV / self.temperature, dim=-1)
+        probability = torch.softmax(logits_BV.double() / self.temperature, dim=-1)
         cumulative = probability.cumsum(dim=-1)
         if self.top_p < 1:
             # The first token that reaches top_p is the last one kept.
             probability = probability.masked_fill(cumulative - probability >= self.top_p, 0.0)
             cumulative = probability.cumsum(dim=-1)
         total_B1 = cumulative[:, -1:].contiguous()
-        drawn_B1 = self.uniform_BT[:, step : step + 1] * total_B1
+        uniform_B = self.uniform_BT[:, step].double()
+        is_alone_B = self.width_N * self.num_samples < 1
+        code_B1 = torch.where(is_alone_B, uniform_B, self.code_N).unsqueeze(1)
         # Below the total even after rounding: the index found has a probability above zero.
-        drawn_B1 = torch.minimum(drawn_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
+        drawn_B1 = torch.minimum(
+            code_B1 * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1))
+        )
         index_B1 = torch.searchsorted(cumulative, drawn_B1, right=True)
+        high_B1 = cumulative.gather(1, index_B1)
+        low_B1 = cumulative.gather(1, (index_B1 - 1).clamp(min=0)).masked_fill(index_B1 == 0, 0.0)
+        self.code_N = ((drawn_B1 - low_B1) / (high_B1 - low_B1)).clamp(max=1.0).squeeze(1)
+        self.width_N = self.width_N * ((high_B1 - low_B1) / total_B1).squeeze(1)
         return (index_B1 if tokens is None else tokens.gather(1, index_B1)).squeeze(1)
 
 

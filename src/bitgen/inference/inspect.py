@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bitgen.config import CAPTION_IDF
 from bitgen.export.artifact import BASE3, INT8_TILES, TILES, read_header
 from bitgen.export.loaded import LoadedModel, load_run
 from bitgen.export.safetensors import load_artifact
@@ -24,6 +25,7 @@ _PARTS = (
     ("embedding (shared with the lm head)", "text_decoder.embed_tokens."),
     ("decoder", "text_decoder."),
     ("robot selector", "robot_selector."),
+    ("token frequencies of captions", CAPTION_IDF),
     ("future token heads", "future_heads."),
 )
 
@@ -224,8 +226,8 @@ def _weight_counts(model: BitGenModel) -> dict[str, tuple[str, int]]:
 def _describe_parts(
     weights: Mapping[str, tuple[str, int]], stored: Mapping[str, int]
 ) -> tuple[PartDescription, ...]:
-    """Each tensor is counted in the first part whose prefix its name has; heads that are not there
-    are no part."""
+    """Each tensor is counted in the first part whose prefix its name has; heads and frequencies
+    that are not there are no part."""
     counts: Counter[tuple[str, str]] = Counter()
     for name, (kind, count) in weights.items():
         counts[_part_of(name), kind] += count
@@ -241,7 +243,7 @@ def _describe_parts(
             nbytes[part],
         )
         for part, prefix in _PARTS
-        if prefix != "future_heads." or nbytes[part]
+        if prefix not in ("future_heads.", CAPTION_IDF) or nbytes[part]
     )
 
 

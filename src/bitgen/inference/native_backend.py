@@ -12,7 +12,7 @@ import itertools
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from bitgen.dataset.tokenizer import Tokenizer
 from bitgen.export.artifact import open_artifact
 from bitgen.inference.answers import Generation
 from bitgen.inference.backend import NativeUnavailable, Reply, Request, RobotTexts, TaskRequest
+from bitgen.inference.consensus import caption_idf_of, most_agreed
 from bitgen.inference.engine import (
     Engine,
+    EngineGeneration,
     GenerationOptions,
     Generator,
     TokenSequence,
@@ -149,6 +151,7 @@ class NativeBackend:
         self._engine = Engine(config, tensors)
         self.num_image_tokens = self._engine.num_image_tokens
         self.task_words = TaskWords.of_model(config, tensors)
+        self._caption_idf_V = caption_idf_of(tensors)
         self._robots: RobotTexts | None = None
         self._robots_RC = np.empty((0, config.hidden_size), np.float32)
         self._last_picture: tuple[np.ndarray, np.ndarray] | None = None
@@ -174,33 +177,40 @@ class NativeBackend:
                 max_tokens=options.max_tokens,
                 beam_size=options.beam_size,
                 length_penalty=options.length_penalty,
-                temperature=options.temperature,
+                temperature=options.drawing_temperature,
                 top_k=options.top_k,
                 top_p=options.top_p,
+                num_samples=options.num_samples,
                 never_ids=vocabulary.never_ids,
                 vocab_size=vocabulary.size,
-                rows=options.batch_size,
+                rows=options.pictures_at_a_time,
             ),
         )
+        seed = options.drawing_seed
         in_order: deque[_Row] = deque()
         at_work: dict[int, _Row] = {}
 
         def fill() -> None:
             # More than there is room for: one begins within the call that ends another.
             while (
-                len(at_work) <= options.batch_size
+                len(at_work) <= options.pictures_at_a_time
                 and len(in_order) < _HELD_BATCHES * options.batch_size
                 and (batch := list(itertools.islice(remaining, _ENCODED_AT_ONCE)))
             ):
                 for row in self._rows(batch, task):
-                    number = generator.add(row.request.prompt_ids, row.image_PC, options.seed)
+                    number = generator.add(row.request.prompt_ids, row.image_PC, seed)
                     at_work[number] = row
                     in_order.append(row)
 
         fill()
         for number, generation in generator:
+            samples = at_work[number].samples
+            samples.append(generation)
+            if len(samples) < options.num_samples:
+                continue
+            best = samples[most_agreed([one.tokens for one in samples], self._caption_idf_V)]
             at_work.pop(number).generation = Generation(
-                generation.tokens, generation.log_probability, generation.finished
+                best.tokens, best.log_probability, best.finished
             )
             while in_order and in_order[0].generation is not None:
                 yield in_order.popleft().reply()
@@ -262,6 +272,7 @@ class _Row:
     request: Request
     image_PC: np.ndarray
     robots_R: np.ndarray | None
+    samples: list[EngineGeneration] = field(default_factory=list)
     generation: Generation | None = None
 
     def reply(self) -> Reply:

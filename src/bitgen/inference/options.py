@@ -15,6 +15,10 @@ from bitgen.errors import InputError
 TEXT_SINKS = 4
 """Text tokens that are never forgotten: with fewer, fluency is lost (arXiv 2309.17453, table 2)."""
 
+CONSENSUS_TEMPERATURE = 0.5
+"""Of the captions that a consensus is found among, where none is given (docs/training.md)."""
+MOST_CONSENSUS = 1024
+
 MOST_THREADS = 1024
 """More than any processor runs; a larger number is a slip of the pen."""
 
@@ -38,6 +42,7 @@ class CaptionOptions:
     attention_window: int = 0
     speculative: bool | None = None
     cuda_graphs: bool = False
+    consensus: int = 0
 
     def __post_init__(self) -> None:
         check_batch_size(self.batch_size)
@@ -51,9 +56,34 @@ class CaptionOptions:
             attention_window=self.attention_window,
             speculative=self.speculative,
             cuda_graphs=self.cuda_graphs,
+            consensus=self.consensus,
         )
         if self.seed is not None:
             check_seed(self.seed)
+
+    @property
+    def num_samples(self) -> int:
+        """Captions drawn of each picture."""
+        return max(1, self.consensus)
+
+    @property
+    def drawing_temperature(self) -> float:
+        """The temperature that captions are drawn at; 0: they are not drawn."""
+        if self.consensus and not self.temperature:
+            return CONSENSUS_TEMPERATURE
+        return self.temperature
+
+    @property
+    def drawing_seed(self) -> int | None:
+        """Of the draws; where no chance was asked for, the same every time."""
+        if self.consensus and not self.temperature and self.seed is None:
+            return 0
+        return self.seed
+
+    @property
+    def pictures_at_a_time(self) -> int:
+        """`batch_size`, or fewer where many captions are drawn of each."""
+        return max(1, self.batch_size // self.num_samples)
 
 
 @dataclass(frozen=True)
@@ -79,6 +109,7 @@ def check_options(
     attention_window: int = 0,
     speculative: bool | None = None,
     cuda_graphs: bool = False,
+    consensus: int = 0,
 ) -> None:
     """Raise InputError for generation options out of range or excluding each other."""
     if max_tokens < 1:
@@ -98,7 +129,17 @@ def check_options(
             f"Beam search (beam_size {beam_size}) does not sample (temperature {temperature}).",
             remedy="Take beam_size 1 to sample, or temperature 0 to search.",
         )
-    if temperature == 0 and (top_k or top_p < 1):
+    if consensus and not 2 <= consensus <= MOST_CONSENSUS:
+        raise InputError(
+            f"consensus must be 2 to {MOST_CONSENSUS} captions, or 0 for none; got {consensus}."
+        )
+    if consensus and (beam_size > 1 or speculative):
+        raise InputError(
+            "A consensus is found among captions that are drawn: it takes no beams or speculative"
+            " decoding.",
+            remedy="Leave either out.",
+        )
+    if temperature == 0 and not consensus and (top_k or top_p < 1):
         raise InputError(
             "top_k and top_p choose among sampled tokens, but temperature 0 does not sample.",
             remedy="Set temperature too, for instance to 1.",

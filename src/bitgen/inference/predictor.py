@@ -279,6 +279,7 @@ class BitGen:
         attention_window: int = 0,
         speculative: bool | None = None,
         cuda_graphs: bool = False,
+        consensus: int = 0,
     ) -> list[Caption]:
         """Say what pictures show.
 
@@ -302,6 +303,9 @@ class BitGen:
                 pictures at a time, the native engine is faster without.
             cuda_graphs: on a CUDA device, read token after token by a recorded step: the same
                 captions up to rounding. Experimental: see docs/gpu.md.
+            consensus: draw so many captions of each picture and take the one that is most like all
+                of them (`bitgen.inference.consensus`); 0: none. They are drawn at `temperature`;
+                where it is 0, at 0.5 and, without a `seed`, alike every time.
 
         Returns:
             One `Caption` a picture, in order.
@@ -324,6 +328,7 @@ class BitGen:
             attention_window=attention_window,
             speculative=speculative,
             cuda_graphs=cuda_graphs,
+            consensus=consensus,
         )
         pictures = [images] if isinstance(images, Picture) else list(images)
         if not pictures:

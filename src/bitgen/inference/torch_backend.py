@@ -13,6 +13,7 @@ from bitgen.dataset.images import normalize_images
 from bitgen.dataset.task_words import TaskWords
 from bitgen.inference.answers import Generation
 from bitgen.inference.backend import Reply, Request, RobotTexts, TaskRequest
+from bitgen.inference.consensus import caption_idf_of, most_agreed
 from bitgen.inference.decoding import DecodingGraphs
 from bitgen.inference.generate import generate, read_prompts
 from bitgen.inference.options import CaptionOptions, Vocabulary
@@ -34,10 +35,9 @@ class TorchBackend:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
         self.num_image_tokens = model.num_image_tokens
-        buffers = model.robot_selector.named_buffers(prefix="robot_selector")
-        self.task_words = TaskWords.of_model(
-            model.config, {name: buffer.cpu().numpy() for name, buffer in buffers}
-        )
+        buffers = {name: buffer.cpu().numpy() for name, buffer in model.named_buffers()}
+        self.task_words = TaskWords.of_model(model.config, buffers)
+        self._caption_idf_V = caption_idf_of(buffers)
         self._robots_in_model: RobotTexts | None = None
         self._graphs: DecodingGraphs | None = None
 
@@ -49,9 +49,9 @@ class TorchBackend:
         writes: bool,
         task: TaskRequest | None,
     ) -> Iterator[Reply]:
-        """See `Backend.replies`: `options.batch_size` pictures at a time."""
+        """See `Backend.replies`: `options.pictures_at_a_time`."""
         remaining = iter(requests)
-        while batch := list(itertools.islice(remaining, options.batch_size)):
+        while batch := list(itertools.islice(remaining, options.pictures_at_a_time)):
             generations: list[Generation] | list[None] = [None] * len(batch)
             if writes:
                 generations = self._generations(batch, vocabulary, options)
@@ -66,9 +66,9 @@ class TorchBackend:
         self, batch: Sequence[Request], vocabulary: Vocabulary, options: CaptionOptions
     ) -> list[Generation]:
         generators = None
-        if options.seed is not None and options.temperature > 0:
-            generators = [torch.Generator().manual_seed(options.seed) for _ in batch]
-        return generate(
+        if options.drawing_seed is not None and options.drawing_temperature > 0:
+            generators = [torch.Generator().manual_seed(options.drawing_seed) for _ in batch]
+        drawn = generate(
             self.model,
             self._images([request.pixels_3SS for request in batch]),
             [request.prompt_ids for request in batch],
@@ -76,7 +76,7 @@ class TorchBackend:
             max_tokens=options.max_tokens,
             beam_size=options.beam_size,
             length_penalty=options.length_penalty,
-            temperature=options.temperature,
+            temperature=options.drawing_temperature,
             top_k=options.top_k,
             top_p=options.top_p,
             generators=generators,
@@ -85,7 +85,16 @@ class TorchBackend:
             attention_window=options.attention_window,
             speculative=options.speculative,
             graphs=self._decoding_graphs() if options.cuda_graphs else None,
+            num_samples=options.num_samples,
         )
+        of_each = [
+            drawn[start : start + options.num_samples]
+            for start in range(0, len(drawn), options.num_samples)
+        ]
+        return [
+            found[most_agreed([one.tokens for one in found], self._caption_idf_V)]
+            for found in of_each
+        ]
 
     def _decoding_graphs(self) -> DecodingGraphs:
         if self._graphs is None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitgen.config import BitGenConfig
+from bitgen.config import CAPTION_IDF, BitGenConfig
 from bitgen.errors import ConfigError, ModelFileError
 from bitgen.model.cache import AttentionCache, CacheShape, SlidingWindowCache, StaticCache
 from bitgen.model.compilation import require_compiler
@@ -88,6 +88,11 @@ class BitGenModel(nn.Module):
         self.robot_selector = RobotSelector(config)
         # Made last: the other weights start as without them.
         self.future_heads = FutureTokenHeads(config)
+        # Counted before training and not trained: by it captions are compared
+        # (bitgen.inference.consensus).
+        self.caption_idf: torch.Tensor
+        if config.caption_idf:
+            self.register_buffer(CAPTION_IDF, torch.zeros(config.vocab_size, dtype=torch.float16))
         self.num_image_tokens: int = self.image_encoder.num_tokens
         self._robot_names: tuple[str, ...] = ()
         self._robot_tokens: tuple[torch.Tensor, torch.Tensor] | None = None

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bitgen.config import BitGenConfig, TrainingConfig
+from bitgen.config import CAPTION_IDF, BitGenConfig, TrainingConfig
 from bitgen.dataset.coco import CaptionedImage, load_coco
 from bitgen.dataset.features import FeatureCache, caches_features
 from bitgen.dataset.images import ImageCache, default_cache_dir
@@ -55,7 +55,7 @@ BAD_IMAGES_NAMED = 5
 DEFAULT_SIZE = "tiny"
 
 # What the name of a size does not say of a model.
-_ANY_INITIAL = frozenset(("model_size", "vocab_size", "robot_names", "robot_sets"))
+_ANY_INITIAL = frozenset(("model_size", "vocab_size", "robot_names", "robot_sets", "caption_idf"))
 _ROBOT_BIAS = "robot_selector.robot_bias"
 
 
@@ -271,6 +271,8 @@ def read_sources(
     if data.train_tasks:
         names = tuple(robot.name for robot in data.catalog)
         config = replace(config, robot_names=names, robot_sets=robot_sets(data.train_tasks, names))
+    if data.train_images:
+        config = replace(config, caption_idf=True)
     return config, data, tokenizer
 
 
@@ -618,6 +620,8 @@ def _initial_model(
         tensors = initial.tensors()
         _move_robot_bias(model, tensors, initial.config.robot_names)
         _leave_task_words(model, tensors, is_same=initial.config.robot_sets == config.robot_sets)
+        if config.caption_idf:  # what it does not have the trainer counts
+            tensors.setdefault(CAPTION_IDF, model.caption_idf)
         load_model_tensors(model, tensors, initial.path)
     if encoder_weights is not None:
         load_encoder_weights(model.image_encoder, config.image_encoder, encoder_weights)

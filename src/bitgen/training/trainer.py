@@ -366,6 +366,8 @@ class Trainer:
             words = fit_task_words(tasks, model.config.robot_names, model.config.robot_sets)
             fitted = {name: torch.from_numpy(array) for name, array in words.tensors().items()}
             model.load_state_dict(fitted, strict=False)
+        if checkpoint is None and model.config.caption_idf and self._train_set.images:
+            model.caption_idf.copy_(torch.from_numpy(self._train_set.caption_idf()))
         self._objective = Objective(
             model,
             training,

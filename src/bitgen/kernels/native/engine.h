@@ -89,6 +89,7 @@ struct bitgen_generator_options {
   double temperature;
   int64_t top_k;           // 0: all
   double top_p;            // 1: all
+  int64_t num_samples;     // drawn of each request; above 1 only where temperature is above 0
 };
 
 struct bitgen_generation {
@@ -108,7 +109,7 @@ BITGEN_API int64_t bitgen_generator_add(bitgen_generator* generator, const int32
                                         int64_t num_ids, const float* embeddings,
                                         int64_t num_embeddings, uint64_t seed);
 // Works until a request ends, no request is left, or `steps` passes were made. Returns how many
-// results wait to be taken, -1 for a failure. *unfinished: requests that are waiting or worked on.
+// results wait to be taken (num_samples of each request that has ended), -1 for a failure. *unfinished: requests that are waiting or worked on.
 BITGEN_API int64_t bitgen_generator_run(bitgen_generator* generator, int64_t steps,
                                         int64_t* unfinished);
 // The oldest result; tokens has room for max_tokens. Returns 0 if none waits.

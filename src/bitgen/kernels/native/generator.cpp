@@ -11,7 +11,7 @@ namespace bitgen {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kMostRows = 1 << 16;
+constexpr int64_t kMostRows = 1 << 16, kMostSamples = 1 << 16;
 
 void require(bool condition, const char* message) {
   if (!condition) throw EngineError(message);
@@ -31,6 +31,9 @@ const bitgen_generator_options& checked(const Model& model, const bitgen_generat
   require(std::isfinite(o.length_penalty), "length_penalty must be a finite number.");
   require(std::isfinite(o.temperature) && o.temperature >= 0,
           "temperature must be 0 (greedy) or a positive number.");
+  require(o.num_samples >= 1 && o.num_samples <= kMostSamples, "num_samples must be 1 to 65536.");
+  require(o.num_samples == 1 || o.temperature > 0,
+          "Several samples differ by what is drawn: they need a temperature above 0.");
   require(o.top_k >= 0, "top_k must be 0 (all tokens) or positive.");
   require(o.top_p > 0 && o.top_p <= 1, "top_p must be in (0, 1].");
   require(o.beam_size == 1 || o.temperature == 0, "Beam search does not sample.");
@@ -42,6 +45,9 @@ const bitgen_generator_options& checked(const Model& model, const bitgen_generat
   }
   return o;
 }
+
+// From the seed of a sample to that of the next: odd, and no multiple of SplitMix64's own step.
+constexpr uint64_t kNextSeed = 0xd1342543de82ef95u;
 
 // Uniform in [0, 1): SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
 float next_uniform(uint64_t& state) {
@@ -94,7 +100,7 @@ int64_t Generator::add(const int32_t* ids, int64_t num_ids, const float* embeddi
     request.tokens.push_back(ids[i]);
   }
   request.embeddings.assign(embeddings, embeddings + num_embeddings * c.hidden_size);
-  request.random_state = seed;
+  request.seed = seed;
   std::lock_guard<std::mutex> guard(queue_lock_);
   request.number = num_added_;
   waiting_.push_back(std::move(request));
@@ -139,9 +145,19 @@ void Generator::admit() {
     active->hypotheses[0].slots.clear();
     active->hypotheses[0].tokens.clear();
     active->hypotheses[0].sum = 0.0f;
+    active->hypotheses[0].samples.resize(static_cast<size_t>(options_.num_samples));
+    std::iota(active->hypotheses[0].samples.begin(), active->hypotheses[0].samples.end(), 0);
+    uint64_t shift_state = active->request.seed;
+    const double shift = next_uniform(shift_state), count = static_cast<double>(options_.num_samples);
+    active->samples.clear();
+    for (int64_t i = 0; i < options_.num_samples; ++i) {
+      active->samples.push_back({active->request.seed + static_cast<uint64_t>(i) * kNextSeed,
+                                 (static_cast<double>(i) + shift) / count,
+                                 options_.num_samples > 1 ? 1.0 : 0.0});
+    }
+    active->results.resize(static_cast<size_t>(options_.num_samples));
     active->used_slots.clear();
     active->is_started = active->is_done = false;
-    active->log_probability = 0.0;
     active->best.tokens.clear();
     active->best.sum = -kInfinity;
     active->best_score = -kInfinity;
@@ -192,10 +208,11 @@ void Generator::step() {
   outputs.added = added_.data();
   outputs.statistics = statistics_.ensure(rows * model_.logit_blocks());
   model_.forward(store_.get(), sequences_.data(), rows, outputs);
+  weighed_row_ = -1;
   for (auto& active : active_) {
     active->is_started = true;
     if (options_.beam_size > 1) advance_beams(*active);
-    else choose_one(*active);
+    else advance_samples(*active);
   }
   for (size_t i = 0; i < active_.size();) {
     if (!active_[i]->is_done) {
@@ -207,12 +224,14 @@ void Generator::step() {
   }
 }
 
-void Generator::finish(Active& active, const std::vector<int32_t>& tokens, double log_probability,
-                       bool finished) {
+void Generator::finish(Active& active) {
   free_slots_.insert(free_slots_.end(), active.used_slots.begin(), active.used_slots.end());
   active.is_done = true;
   std::lock_guard<std::mutex> guard(queue_lock_);
-  ended_.push_back({active.request.number, tokens, log_probability, finished});
+  for (Generated& result : active.results) {
+    result.request = active.request.number;
+    ended_.push_back(std::move(result));
+  }
   ++num_ended_;
 }
 
@@ -239,21 +258,43 @@ int32_t Generator::likeliest(int64_t row) const {
   return static_cast<int32_t>(best->best_index);
 }
 
-void Generator::choose_one(Active& active) {
-  const int64_t row = active.first_row;
-  const int32_t token = options_.temperature > 0 ? draw(row, active.request) : likeliest(row);
-  float largest;
-  const float normaliser = log_sum(row, &largest);
-  active.log_probability += (logits_[row * vocabulary_ + token] - largest) - normaliser;
-  std::vector<int32_t>& tokens = active.hypotheses[0].tokens;
-  if (token == options_.eos_id) {
-    finish(active, tokens, active.log_probability, true);
-    return;
+// One step of greedy choice or sampling. Samples that choose the same token stay together.
+void Generator::advance_samples(Active& active) {
+  active.next.clear();
+  for (size_t h = 0; h < active.hypotheses.size(); ++h) {
+    const Hypothesis& hypothesis = active.hypotheses[h];
+    const int64_t row = active.first_row + static_cast<int64_t>(h);
+    float largest;
+    const float normaliser = log_sum(row, &largest);
+    drawn_.clear();
+    for (const int32_t sample : hypothesis.samples) {
+      Sample& drawing = active.samples[static_cast<size_t>(sample)];
+      drawn_.emplace_back(options_.temperature > 0 ? draw(row, drawing) : likeliest(row), sample);
+    }
+    std::sort(drawn_.begin(), drawn_.end());
+    for (size_t first = 0, end; first < drawn_.size(); first = end) {
+      const int32_t token = drawn_[first].first;
+      for (end = first; end < drawn_.size() && drawn_[end].first == token;) ++end;
+      const float sum =
+          hypothesis.sum + ((logits_[row * vocabulary_ + token] - largest) - normaliser);
+      const bool is_end = token == options_.eos_id;
+      std::vector<int32_t> tokens = hypothesis.tokens;
+      if (!is_end) tokens.push_back(token);
+      if (is_end || static_cast<int64_t>(tokens.size()) == options_.max_tokens) {
+        for (size_t i = first; i < end; ++i) {
+          active.results[static_cast<size_t>(drawn_[i].second)] = {0, tokens, sum, is_end};
+        }
+        continue;
+      }
+      Hypothesis& next = active.next.emplace_back();
+      next.slots = hypothesis.slots;
+      next.tokens = std::move(tokens);
+      next.sum = sum;
+      for (size_t i = first; i < end; ++i) next.samples.push_back(drawn_[i].second);
+    }
   }
-  tokens.push_back(token);
-  if (static_cast<int64_t>(tokens.size()) == options_.max_tokens) {
-    finish(active, tokens, active.log_probability, false);
-  }
+  std::swap(active.hypotheses, active.next);
+  if (active.hypotheses.empty()) finish(active);
 }
 
 // top_ = the `count` likeliest tokens that may be chosen, the likeliest first.
@@ -291,69 +332,63 @@ void Generator::top_tokens(int64_t row, int64_t count) {
   }
 }
 
-int32_t Generator::draw(int64_t row, Request& request) {
+// cumulative_ = running sums of exp(logit / temperature) of the tokens that may be drawn of a row.
+void Generator::weigh(int64_t row) {
   const float* logits = logits_.data() + row * vocabulary_;
   const float largest = logits[likeliest(row)];
   const auto temperature = static_cast<float>(options_.temperature);
-  const float uniform = next_uniform(request.random_state);
-  const bool is_cut = options_.top_k > 0 && options_.top_k < vocabulary_;
-  if (!is_cut && options_.top_p == 1) {
-    // The whole vocabulary in its own order. Adding -inf leaves out what may not be chosen.
-    double total = 0.0;
-    model_.operators().exp_shifted(logits, largest, temperature, vocabulary_, weights_.data());
-    for (int64_t i = 0; i < vocabulary_; ++i) {
-      if (added_[i] != 0.0f) weights_[static_cast<size_t>(i)] = 0.0f;
-      total += weights_[static_cast<size_t>(i)];
-    }
-    const double drawn = uniform * total;
-    double sum = 0.0;
-    int32_t token = likeliest(row);
-    for (int64_t i = 0; i < vocabulary_; ++i) {
-      if (weights_[static_cast<size_t>(i)] == 0.0f) continue;
-      token = static_cast<int32_t>(i);
-      sum += weights_[static_cast<size_t>(i)];
-      if (sum > drawn) break;
-    }
-    return token;
-  }
-  // The likeliest first: so many of them that they hold top_p of all (or of the top_k).
+  const bool is_cut = has_top_k();
+  weighed_row_ = row;
+  cumulative_.clear();
   double total = 0.0;
-  const auto weight_of = [&](int32_t token) {
-    return std::exp((static_cast<double>(logits[token]) - largest) / options_.temperature);
-  };
-  int64_t count = is_cut ? options_.top_k : 64;
   if (!is_cut) {
+    // The whole vocabulary in its own order; what may not be chosen weighs nothing.
     model_.operators().exp_shifted(logits, largest, temperature, vocabulary_, weights_.data());
     for (int64_t i = 0; i < vocabulary_; ++i) {
       if (added_[i] == 0.0f) total += weights_[static_cast<size_t>(i)];
+      cumulative_.push_back(total);
     }
+    if (draws_from_all()) return;
   }
-  for (;;) {
+  // The likeliest first: so many of them that they hold top_p of all (or of the top_k).
+  const auto weight_of = [&](int32_t token) {
+    return std::exp((static_cast<double>(logits[token]) - largest) / options_.temperature);
+  };
+  for (int64_t count = is_cut ? options_.top_k : 64;; count *= 8) {
     top_tokens(row, count);
     if (is_cut) {
       total = 0.0;
       for (const int32_t token : top_) total += weight_of(token);
     }
+    cumulative_.clear();
     double kept = 0.0;
-    size_t num_kept = 0;
-    while (num_kept < top_.size() && kept < options_.top_p * total) {
-      kept += weight_of(top_[num_kept++]);
+    while (cumulative_.size() < top_.size() && kept < options_.top_p * total) {
+      kept += weight_of(top_[cumulative_.size()]);
+      cumulative_.push_back(kept);
     }
     const bool is_all = is_cut || static_cast<int64_t>(top_.size()) < count;
-    if (kept < options_.top_p * total && !is_all) {
-      count *= 8;
-      continue;
-    }
-    if (num_kept == 0) return likeliest(row);  // logits that are not numbers
-    const double drawn = uniform * kept;
-    double sum = 0.0;
-    size_t i = 0;
-    for (; i + 1 < num_kept; ++i) {
-      sum += weight_of(top_[i]);
-      if (sum > drawn) break;
-    }
-    return top_[i];
+    if (kept >= options_.top_p * total || is_all) return;
   }
+}
+
+int32_t Generator::draw(int64_t row, Sample& sample) {
+  if (row != weighed_row_) weigh(row);
+  // In a narrower interval a sample is alone: there is nothing left to share out.
+  if (sample.width * static_cast<double>(options_.num_samples) < 1) {
+    sample.code = next_uniform(sample.random_state);
+  }
+  const double total = cumulative_.empty() ? 0.0 : cumulative_.back();
+  if (!(total > 0)) return likeliest(row);  // logits that are not numbers
+  const double drawn = sample.code * total;
+  auto found = std::upper_bound(cumulative_.begin(), cumulative_.end(), drawn);
+  if (found == cumulative_.end()) {  // by rounding: the last that weighs anything
+    found = std::lower_bound(cumulative_.begin(), cumulative_.end(), total);
+  }
+  const auto index = static_cast<size_t>(found - cumulative_.begin());
+  const double low = index == 0 ? 0.0 : cumulative_[index - 1];
+  sample.code = std::min((drawn - low) / (*found - low), 1.0);
+  sample.width *= (*found - low) / total;
+  return draws_from_all() ? static_cast<int32_t>(index) : top_[index];
 }
 
 void Generator::offer(Active& active, int64_t count, float log_probability,
@@ -435,7 +470,8 @@ void Generator::advance_beams(Active& active) {
   }
   if (is_done) {
     const auto length = static_cast<int64_t>(active.best.tokens.size());
-    finish(active, active.best.tokens, active.best.sum, length < options_.max_tokens);
+    active.results[0] = {0, active.best.tokens, active.best.sum, length < options_.max_tokens};
+    finish(active);
   }
 }
 

@@ -2,13 +2,15 @@
 // bitgen/inference/generate.py.
 //
 // Each pass reads one new token of every hypothesis, and the whole prompt of each request that has
-// just found room. Hypotheses of a request share the cache slots of what they have in common.
+// just found room. Hypotheses of a request share the cache slots of what they have in common, and
+// samples that have said the same so far are one hypothesis.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <deque>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "engine_model.h"
@@ -39,13 +41,24 @@ class Generator {
     int64_t number = 0;
     std::vector<int32_t> tokens;  // -1 - i for row i of the embeddings, then the prompt
     std::vector<float> embeddings;
-    uint64_t random_state = 0;
+    uint64_t seed = 0;
+  };
+
+  // A text that is drawn. The samples of a request share out the unit interval: each has a number
+  // in it, its code, and where one says a token, the token's part of the interval is stretched to
+  // the whole. So tokens come as often as their probabilities say, not by luck, and each sample is
+  // still drawn from the model: arithmetic sampling (arXiv 2210.15458). Where a sample is alone, it
+  // goes on by random numbers.
+  struct Sample {
+    uint64_t random_state;
+    double code, width;  // of the interval that was left of the first one
   };
 
   struct Hypothesis {
     std::vector<int32_t> slots;   // of all tokens that were read or are about to be
     std::vector<int32_t> tokens;  // generated
     float sum = 0.0f;             // of their log-probabilities
+    std::vector<int32_t> samples;  // which of the request's say this; none in beam search
   };
 
   struct Candidate {
@@ -60,7 +73,8 @@ class Generator {
     std::vector<int32_t> used_slots;
     int64_t first_row = 0;  // of its logits
     bool is_started = false, is_done = false;
-    double log_probability = 0.0;
+    std::vector<Sample> samples;
+    std::vector<Generated> results;  // of each sample; one in beam search
     // Beam search: the best hypothesis that has ended, and how many have.
     Hypothesis best;
     float best_score = 0.0f;
@@ -71,15 +85,17 @@ class Generator {
   void step();
   int32_t new_slot(Active& active);
   float log_sum(int64_t row, float* largest) const;
-  void choose_one(Active& active);
+  void advance_samples(Active& active);
   int32_t likeliest(int64_t row) const;
-  int32_t draw(int64_t row, Request& request);
+  bool has_top_k() const { return options_.top_k > 0 && options_.top_k < vocabulary_; }
+  bool draws_from_all() const { return !has_top_k() && options_.top_p == 1; }
+  void weigh(int64_t row);
+  int32_t draw(int64_t row, Sample& sample);
   void top_tokens(int64_t row, int64_t count);
   void advance_beams(Active& active);
   void offer(Active& active, int64_t count, float log_probability, const Hypothesis& hypothesis,
              int64_t length);
-  void finish(Active& active, const std::vector<int32_t>& tokens, double log_probability,
-              bool finished);
+  void finish(Active& active);
 
   Model& model_;
   const bitgen_generator_options options_;
@@ -95,7 +111,12 @@ class Generator {
   AlignedArray<LogitStatistics> statistics_;
   std::vector<Candidate> candidates_;
   std::vector<int32_t> top_;
+  // Of the row that tokens were last drawn from: running sums of the weights of the tokens that may
+  // be drawn, which are those of top_, or the whole vocabulary.
+  int64_t weighed_row_ = -1;
+  std::vector<double> cumulative_;
   std::vector<float> weights_;
+  std::vector<std::pair<int32_t, int32_t>> drawn_;  // token, sample
 
   std::mutex running_;
   std::mutex queue_lock_;  // of what follows
