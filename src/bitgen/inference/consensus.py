@@ -46,6 +46,8 @@ def most_agreed(captions: Sequence[Sequence[int]], idf_V: Floats | None) -> int:
         Its index; of equal captions, or equally good ones, that of the first.
     """
     counts = Counter(tuple(caption) for caption in captions)
+    if len(counts) == 1:  # greedy captions, too
+        return 0
     different = list(counts)  # in the order of their first
     agreement_U = _cider_d(different, idf_V) @ np.array(list(counts.values()))
     best = different[int(agreement_U.argmax())]
