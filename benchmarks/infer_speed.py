@@ -87,7 +87,8 @@ def measure(
     del native, reference
 
     command = bitgen_command()
-    infer = [*command, "infer", str(images[0]), "--json", "--device", "cpu", "--model"]
+    infer = [*command, "infer", str(images[0]), "--json", "--beam_size", "1", "--device", "cpu"]
+    infer.append("--model")
     starts = interleave(
         {
             name: functools.partial(seconds_of, functools.partial(call, words))

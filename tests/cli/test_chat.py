@@ -20,7 +20,7 @@ from PIL import Image
 
 from bitgen.cli.app import main
 from bitgen.cli.chat import COMMANDS
-from bitgen.cli.models import DEFAULT_BEAMS
+from bitgen.cli.models import DEFAULT_CONSENSUS
 from bitgen.cli.prompt import completed
 from bitgen.dataset.robots import Robot, catalog_to_json, load_catalog
 from bitgen.inference.predictor import BitGen
@@ -69,7 +69,8 @@ def test_each_line_of_a_pipe_is_one_object(
 
     model = BitGen.load(exported)
     shown = [
-        model.caption(picture, max_tokens=5, beam_size=DEFAULT_BEAMS)[0] for picture in pictures[:2]
+        model.caption(picture, max_tokens=5, consensus=DEFAULT_CONSENSUS)[0]
+        for picture in pictures[:2]
     ]
     assert (first["image"], first["caption"]) == (str(pictures[0]), shown[0].text)
     assert first["tokens"] == shown[0].tokens
@@ -77,7 +78,7 @@ def test_each_line_of_a_pipe_is_one_object(
     assert "robots" not in first
     assert (
         beginning["caption"]
-        == model.caption(pictures[0], "a red", beam_size=DEFAULT_BEAMS, max_tokens=5)[0].text
+        == model.caption(pictures[0], "a red", consensus=DEFAULT_CONSENSUS, max_tokens=5)[0].text
     )
     assert ranked["image"] == str(pictures[0])
     assert ranked["caption"] is None
@@ -97,7 +98,9 @@ def test_each_line_of_a_pipe_is_one_object(
 def test_a_person_reads_plain_lines(chat: Chat, exported: Path, pictures: list[Path]) -> None:
     finished = chat("...", TASK, "/image", "/quit", "never", arguments=(pictures[0],))
     assert finished.code == 0
-    (caption,) = BitGen.load(exported).caption(pictures[0], max_tokens=5, beam_size=DEFAULT_BEAMS)
+    (caption,) = BitGen.load(exported).caption(
+        pictures[0], max_tokens=5, consensus=DEFAULT_CONSENSUS
+    )
     picture, shown, again, *ranked, still_open = finished.stdout.splitlines()
     assert (picture, shown, again) == (str(pictures[0]), f"  {caption.text}", f"  {caption.text}")
     assert still_open == str(pictures[0])

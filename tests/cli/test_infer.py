@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from bitgen.cli import models
-from bitgen.cli.models import DEFAULT_BEAMS
+from bitgen.cli.models import DEFAULT_CONSENSUS
 from bitgen.dataset.robots import load_catalog
 from bitgen.export.safetensors import load_artifact
 from bitgen.inference.heatmap import group_words
@@ -60,7 +60,7 @@ def test_json_lines_in_input_order_equal_the_predictor(
     assert (finished.code, finished.stderr) == (0, "")
     lines = finished.json_lines()
     model = BitGen.load(trained, device="cpu")
-    captions = model.caption(order, max_tokens=6, batch_size=2, beam_size=DEFAULT_BEAMS)
+    captions = model.caption(order, max_tokens=6, batch_size=2, consensus=DEFAULT_CONSENSUS)
     # In the same batches: another one adds up in another order, and int8 rounding may then flip.
     choices = model.select_robots_batch([TASK] * len(order), order, batch_size=2)
     for line, path, caption, ranked in zip(lines, order, captions, choices, strict=True):
@@ -220,6 +220,7 @@ def test_backends_answer_alike_and_pytorch_says_why_it_runs(
     run, exported: Path, trained: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ("infer", *pictures, "--json", "--max_tokens", 5, "--model", exported)
+    arguments = (*arguments, "--beam_size", 5)  # each backend has draws of its own
     by_torch = run(*arguments, "--backend", "torch", "--debug", "--threads", 1)
     assert by_torch.code == 0 and by_torch.stderr == "Runs in PyTorch.\n"
     default = run(*arguments).json_lines()
@@ -459,7 +460,7 @@ def test_heat_maps_of_each_picture_beside_its_caption(
     ]
     assert sorted(maps.iterdir()) == sorted(folders)
     captions = BitGen.load(exported).caption(
-        [pictures[0], same_stem, pictures[1]], prompt="A", max_tokens=4, beam_size=DEFAULT_BEAMS
+        [pictures[0], same_stem, pictures[1]], prompt="A", max_tokens=4, consensus=DEFAULT_CONSENSUS
     )
     for folder, caption in zip(folders, captions, strict=True):
         names = sorted(path.name for path in folder.iterdir())

@@ -18,7 +18,7 @@ from typing import IO, Any
 import pytest
 from PIL import Image
 
-from bitgen.cli.models import DEFAULT_BEAMS
+from bitgen.cli.models import DEFAULT_CONSENSUS
 from bitgen.inference.predictor import BitGen
 
 TASK = "Bring back the red ball."
@@ -117,7 +117,7 @@ def test_pictures_are_answered_as_they_arrive(
     def expect(name: str, source: Path) -> None:
         answer = watching.answer()
         assert answer["image"] == str(inbox / name)
-        caption = model.caption(source, max_tokens=5, beam_size=DEFAULT_BEAMS)[0]
+        caption = model.caption(source, max_tokens=5, consensus=DEFAULT_CONSENSUS)[0]
         assert (answer["caption"], answer["tokens"]) == (caption.text, caption.tokens)
         robots = model.select_robots(TASK, source)
         assert [robot["name"] for robot in answer["robots"]] == [robot.name for robot in robots]

@@ -25,7 +25,7 @@ from bitgen.cli.models import (
     Temperature,
     Threads,
     model_to_ask,
-    with_beams,
+    with_decoding,
 )
 from bitgen.cli.prompt import LineReader
 from bitgen.console import console
@@ -57,7 +57,7 @@ def chat(
     ] = None,
     beam_size: BeamSize = None,
     length_penalty: LengthPenalty = 1.0,
-    consensus: Consensus = 0,
+    consensus: Consensus = None,
     temperature: Temperature = 0.0,
     max_tokens: MaxTokens = 40,
     device: Device = "auto",
@@ -82,13 +82,13 @@ def chat(
     options = CaptionOptions(
         beam_size=1 if beam_size is None else beam_size,
         length_penalty=length_penalty,
-        consensus=consensus,
+        consensus=consensus or 0,
         temperature=temperature,
         max_tokens=max_tokens,
     )
     reader = LineReader(default_cache_dir() / HISTORY_FILE, [command.name for command in COMMANDS])
     bitgen = BitGen.load(source, device=device, backend=backend, threads=threads)
-    options = with_beams(options, beam_size, bitgen.config)
+    options = with_decoding(options, beam_size, consensus, bitgen.config)
     if robots is not None:
         bitgen.set_catalog(robots)
     conversation = Conversation(bitgen, options, json)

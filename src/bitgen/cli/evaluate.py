@@ -22,7 +22,7 @@ from bitgen.cli.models import (
     Temperature,
     Threads,
     model_to_ask,
-    with_beams,
+    with_decoding,
 )
 from bitgen.console import console
 from bitgen.errors import DatasetError, InputError
@@ -108,7 +108,7 @@ def evaluate(
     ] = "given",
     beam_size: BeamSize = None,
     length_penalty: LengthPenalty = 1.0,
-    consensus: Consensus = 0,
+    consensus: Consensus = None,
     temperature: Temperature = 0.0,
     seed: Annotated[int, typer.Option("--seed", help="Of words that are drawn.")] = 0,
     max_tokens: MaxTokens = 40,
@@ -187,13 +187,13 @@ def evaluate(
                 options = CaptionOptions(
                     beam_size=1 if beam_size is None else beam_size,
                     length_penalty=length_penalty,
-                    consensus=consensus,
+                    consensus=consensus or 0,
                     temperature=temperature,
                     seed=seed,
                     max_tokens=max_tokens,
                     batch_size=batch_size,
                 )
-                options = with_beams(options, beam_size, bitgen.config)
+                options = with_decoding(options, beam_size, consensus, bitgen.config)
                 images, said = _captions(bitgen, images, pictures, options, bar, total)
                 captions = {image_id: caption.text for image_id, caption in said.items()}
             if with_loss:

@@ -25,7 +25,7 @@ from bitgen.cli.models import (
     Temperature,
     Threads,
     model_to_ask,
-    with_beams,
+    with_decoding,
 )
 from bitgen.console import console
 from bitgen.errors import InputError
@@ -87,7 +87,7 @@ def infer(
     ] = False,
     beam_size: BeamSize = None,
     length_penalty: LengthPenalty = 1.0,
-    consensus: Consensus = 0,
+    consensus: Consensus = None,
     temperature: Temperature = 0.0,
     top_k: Annotated[
         int, typer.Option("--top_k", help="Draw among so many likeliest tokens; 0: all.")
@@ -219,7 +219,7 @@ def infer(
     options = CaptionOptions(
         beam_size=1 if beam_size is None else beam_size,
         length_penalty=length_penalty,
-        consensus=consensus,
+        consensus=consensus or 0,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -243,7 +243,7 @@ def infer(
         folder_plan = FolderPlan(heatmap)
     folders = [None if folder_plan is None else folder_plan.folder(path) for path in paths]
     bitgen = BitGen.load(source, device=device, backend=backend, threads=threads)
-    options = with_beams(options, beam_size, bitgen.config)
+    options = with_decoding(options, beam_size, consensus, bitgen.config)
     if console.debug:
         console.note(backend_words(bitgen))
     if robots is not None:

@@ -38,23 +38,27 @@ Backend = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", help="Processor threads. Default: one a core.")
 ]
+DEFAULT_CONSENSUS = 32
+"""Captions to find a consensus among where nothing else is asked for: docs/training.md says what it
+brings, and docs/inference.md what it costs."""
 DEFAULT_BEAMS = 5
-"""Hypotheses of beam search where none are asked for: docs/training.md says what they bring."""
+"""Hypotheses of beam search where beams are asked for, and not how many."""
 BeamSize = Annotated[
     int | None,
     typer.Option(
         "--beam_size",
-        help=f"Captions searched side by side; 1 is greedy. Default: {DEFAULT_BEAMS}, and 1 where"
-        " words are drawn at random or drafted.",
+        help="Beam search among so many captions, in place of a consensus; 1 is greedy, the"
+        " soonest.",
     ),
 ]
 Consensus = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--consensus",
         metavar="N",
-        help="Draw N captions, such as 64, and take the one most like all of them: better than"
-        " beams, and several times slower. 0: no.",
+        help="Draw N captions and take the one most like all of them; 64 are a little better than"
+        f" 32 and take twice as long. 0: {DEFAULT_BEAMS} beams. Default: {DEFAULT_CONSENSUS}; none"
+        " where --beam_size, --length_penalty or --temperature is given, or a model drafts.",
     ),
 ]
 LengthPenalty = Annotated[
@@ -108,16 +112,20 @@ def _told(run: Path) -> Path:
     return run
 
 
-def with_beams(
-    options: CaptionOptions, beam_size: int | None, config: BitGenConfig
+def with_decoding(
+    options: CaptionOptions, beam_size: int | None, consensus: int | None, config: BitGenConfig
 ) -> CaptionOptions:
-    """The options with the number of beams that was given, or else the default.
+    """The options with the numbers of beams and of drawn captions that were given, or the defaults.
 
-    That is 1 for a model with future token heads too, which is there to draft, unless drafts are
-    refused.
+    By default that is a consensus. Options that have a meaning for beams alone ask for beams. Words
+    that are drawn by `--temperature` stay as they are drawn, and so do those of a model with future
+    token heads, which is there to draft, unless drafts are refused.
     """
-    if beam_size is not None:
-        return replace(options, beam_size=beam_size)
+    if beam_size is not None or consensus:
+        return replace(options, beam_size=beam_size or 1, consensus=consensus or 0)
     drafts = options.speculative or (options.speculative is None and config.predict_tokens > 1)
-    is_greedy = options.temperature > 0 or options.consensus > 0 or drafts
-    return replace(options, beam_size=1 if is_greedy else DEFAULT_BEAMS)
+    if options.temperature > 0 or drafts:
+        return replace(options, beam_size=1, consensus=0)
+    if consensus == 0 or options.length_penalty != 1:
+        return replace(options, beam_size=DEFAULT_BEAMS, consensus=0)
+    return replace(options, beam_size=1, consensus=DEFAULT_CONSENSUS)
