@@ -262,9 +262,11 @@ def test_a_rewound_cache_holds_what_a_fresh_one_holds(make_model: MakeModel) -> 
     cache.rewind([4, 4, 4])
     again = model(ids[:, 4:], attention_cache=cache).logits
     model(ids[:, :4], attention_cache=fresh)
-    assert torch.equal(again, model(ids[:, 4:], attention_cache=fresh).logits)
+    close = {"atol": 2e-5, "rtol": 1e-5}  # four tokens beside five more are summed in another order
+    torch.testing.assert_close(again, model(ids[:, 4:], attention_cache=fresh).logits, **close)
     for layer, other in zip(cache.layers, fresh.layers, strict=True):
-        assert torch.equal(layer.keys, other.keys) and torch.equal(layer.values, other.values)
+        torch.testing.assert_close(layer.keys, other.keys, **close)
+        torch.testing.assert_close(layer.values, other.values, **close)
 
 
 @torch.no_grad()
