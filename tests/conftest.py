@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,26 @@ def coco_dir() -> Path:
 def robots_dir() -> Path:
     """Real robot-selection tasks."""
     return _shared("robots")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def curves_of_one_panel() -> Iterator[tuple[Any, ...]]:
+    """Trainings in this process draw `curves.png` for real, but of its ten panels only the first.
+
+    To lay out ten takes longer than most trainings of tests do. `all_panels` brings them back.
+    """
+    from bitgen.training import curves
+
+    panels = curves._PANELS
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, "_PANELS", panels[:1])
+        yield panels
+
+
+@pytest.fixture
+def all_panels(curves_of_one_panel: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`curves.png` as users get it."""
+    monkeypatch.setattr("bitgen.training.curves._PANELS", curves_of_one_panel)
 
 
 def make_lively(model: Any) -> None:
