@@ -427,6 +427,7 @@ def photographs(scenes: Path, small_training: list[str]) -> list[object]:
     ]
 
 
+@pytest.mark.slow
 def test_tiny_learns_words_first_and_goes_on_with_as_many(
     run, photographs: list[object], tmp_path: Path
 ) -> None:
@@ -487,6 +488,7 @@ def test_where_words_are_learnt_first(
     assert (found, training.word_pretraining_image_size, training.word_mixup) == expected
 
 
+@pytest.mark.slow
 def test_a_training_that_starts_from_tiny_learns_no_words_first(
     run, photographs: list[object], scenes: Path, tmp_path: Path
 ) -> None:

@@ -335,6 +335,7 @@ def test_bidirectional_mode_trains_words_and_robots_and_no_captions(
         workshop.trainer(tmp_path / "none", nothing, config, train_set=train_set)
 
 
+@pytest.mark.slow
 def test_experts_and_further_tokens_are_trained_and_reported(
     workshop: Any, make_events: Any, make_training: MakeTraining, make_config: Any, tmp_path: Path
 ) -> None:
