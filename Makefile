@@ -16,9 +16,10 @@ OLD_PYTHON ?= $(PYTHON)
 OLD_VENV := .venv-torch-$(OLD_TORCH)
 
 # Two processes with a thread each: models of tests are so small that a second thread in one process
-# would only be waited for. A file's tests stay together, for the models that they share.
+# would only be waited for. A file's tests stay together, for the models that they share; files are
+# handed out in the order of tests/conftest.py, the longest ones first.
 TEST_PROCESSES ?= 2
-SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile
+SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 test test-fast run-on-old-torch: export OMP_NUM_THREADS := 1
 
 .PHONY: all demo test test-fast test-old-torch run-on-old-torch coverage lint format clean

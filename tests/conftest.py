@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+# The files that take longest, the longest one first: begun last, they would run on in one process
+# while the other has nothing left to do.
+LONGEST = (
+    "model/test_compilation.py",
+    "test_readme.py",
+    "training/test_distributed.py",
+    "training/test_survival.py",
+    "training/test_trainer.py",
+    "cli/test_train.py",
+    "kernels/test_triton_matmul.py",
+    "cli/test_tensorboard.py",
+    "cli/test_infer.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with `LONGEST`; a file's tests stay together, and in their order.
+
+    `--dist loadfile` hands out files in this order if `--no-loadscope-reorder` is given, as the
+    Makefile does; else those with most tests come first, and most tests are short.
+    """
+    folder = Path(__file__).resolve().parent
+    ranks = {folder / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 def _shared(name: str) -> Path:
@@ -28,6 +53,26 @@ def coco_dir() -> Path:
 def robots_dir() -> Path:
     """Real robot-selection tasks."""
     return _shared("robots")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def curves_of_one_panel() -> Iterator[tuple[Any, ...]]:
+    """Trainings in this process draw `curves.png` for real, but of its ten panels only the first.
+
+    To lay out ten takes longer than most trainings of tests do. `all_panels` brings them back.
+    """
+    from bitgen.training import curves
+
+    panels = curves._PANELS
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, "_PANELS", panels[:1])
+        yield panels
+
+
+@pytest.fixture
+def all_panels(curves_of_one_panel: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`curves.png` as users get it."""
+    monkeypatch.setattr("bitgen.training.curves._PANELS", curves_of_one_panel)
 
 
 def make_lively(model: Any) -> None:

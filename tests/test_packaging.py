@@ -77,6 +77,7 @@ def test_package_and_included_files_work_alone(tmp_path: Path) -> None:
     assert_works_alone(packages, tmp_path)
 
 
+@pytest.mark.slow
 @needs_hatchling
 def test_the_model_is_in_sdist_and_wheel_and_answers(
     make_run: Callable[..., Path], tmp_path: Path

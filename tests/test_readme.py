@@ -57,6 +57,7 @@ SMALLER: tuple[tuple[tuple[str, ...], dict[str, str]], ...] = (
     (("bitgen", "data", "scenes"), {"--num_train": "30", "--num_val": "6"}),
     (("bitgen", "infer"), {"--max_tokens": "4", "--device": "cpu"}),
     (("bitgen", "chat"), {"--max_tokens": "4", "--device": "cpu"}),
+    (("bitgen", "evaluate"), {"--max_tokens": "4", "--device": "cpu"}),
 )
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

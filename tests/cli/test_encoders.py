@@ -33,6 +33,7 @@ def export_and_compare(run: Any, scenes: Path, run_dir: Path) -> None:
     assert of_file["log_probability"] == pytest.approx(of_run["log_probability"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_of_torchvision(run, scenes: Path, tmp_path: Path) -> None:
     from torchvision import models
 
@@ -75,6 +76,7 @@ def test_a_fine_tuned_backbone_has_a_rate_of_its_own(run, scenes: Path, tmp_path
     export_and_compare(run, scenes, run_dir)
 
 
+@pytest.mark.slow
 def test_a_tower_of_transformers_without_its_folder(run, scenes: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     folder, run_dir = tmp_path / "tower", tmp_path / "run"

@@ -227,6 +227,7 @@ def test_folders_without_captions_are_refused(tmp_path: Path) -> None:
         check_dataset(tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_real_coco_is_sound(coco_dir: Path) -> None:
     report = check_dataset(coco_dir)
     assert report.problems == ()

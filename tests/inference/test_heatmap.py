@@ -398,6 +398,7 @@ def test_image_tokens_that_are_no_square_are_refused(
 # Files ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_any_word_has_a_file(tmp_path: Path) -> None:
     words = ["日本", "a/b\\c", "", "x" * 500, "\x0f\n", "..", "é\ufffd", "*", "same", "same"]
     draw_maps(maps_of(np.full((len(words), 1, 2, 2), 0.1), words), tmp_path / "out")

@@ -12,6 +12,8 @@ from PIL import Image
 
 from bitgen.training.curves import _running_mean, draw_curves
 
+pytestmark = pytest.mark.usefixtures("all_panels")
+
 
 def write(path: Path, lines: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -104,6 +106,15 @@ def test_panels_are_those_that_the_run_has_something_for(
         *old[2:],
         *("Padding", "Ternary weights: flips an update"),
     ]
+
+
+def test_a_training_by_rewards_and_one_of_plans_have_lines_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [line | {"reward": 0.1, "loss": None} for line in training_lines(5)]
+    lines.append({"kind": "validation", "step": 5, "cider": 0.2, "plan_loss": 3.0})
+    titles = ["Caption loss", "CIDEr-D", "Robot selection", "Learning rate", "Speed"]
+    assert drawn_titles(lines, tmp_path, monkeypatch) == titles
 
 
 def test_nothing_finite_to_draw_is_no_error(tmp_path: Path, monkeypatch: Any) -> None:

@@ -139,6 +139,7 @@ def test_parts_add_up(config: BitGenConfig, make_training: Any) -> None:
     assert estimate.weights >= 4 * num_parameters
 
 
+@pytest.mark.slow
 def test_larger_batches_and_texts_take_more(config: BitGenConfig, make_training: Any) -> None:
     def activations(**changes: Any) -> int:
         shape, training = replace(SHAPE, **changes), make_training()
@@ -152,6 +153,7 @@ def test_larger_batches_and_texts_take_more(config: BitGenConfig, make_training:
     assert activations(text_length=13) == activations(text_length=16)  # both are padded to 16
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_takes_less(config: BitGenConfig, make_training: Any) -> None:
     deep, large = replace(config, num_layers=8, encoder_layers=8), replace(SHAPE, rows=32)
     peaks = {}

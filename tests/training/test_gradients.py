@@ -69,6 +69,7 @@ def _malloc_info() -> _MallocInfo:
     return mallinfo2()  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks glibc's allocator")
 def test_accumulated_updates_take_no_memory_after_the_first_ones(
     workshop: Any, events: Any, make_training: Any, tmp_path: Path

@@ -71,6 +71,7 @@ def metrics(run_dir: Path, kind: str) -> list[dict[str, Any]]:
 # Learning ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("all_panels")
 def test_it_learns_captions_and_robots_and_writes_the_whole_run(
     workshop: Any, events: Any, make_training: MakeTraining, tmp_path: Path
 ) -> None:
@@ -334,6 +335,7 @@ def test_bidirectional_mode_trains_words_and_robots_and_no_captions(
         workshop.trainer(tmp_path / "none", nothing, config, train_set=train_set)
 
 
+@pytest.mark.slow
 def test_experts_and_further_tokens_are_trained_and_reported(
     workshop: Any, make_events: Any, make_training: MakeTraining, make_config: Any, tmp_path: Path
 ) -> None:
@@ -1113,13 +1115,10 @@ def test_compiled_and_recomputed_layers_train_as_plain_ones(
     except ConfigError as error:
         pytest.skip(error.message)
     config, losses = make_config(quantization="none"), {}
-    for name, options in (
-        ("plain", {}),
-        ("compiled", {"compile": True}),
-        ("both", {"compile": True, "activation_checkpointing": True}),
-    ):
+    # To compile takes most of a minute; tests/model/test_compilation.py compiles without the other.
+    both = {"compile": True, "activation_checkpointing": True}
+    for name, options in (("plain", {}), ("both", both)):
         training = make_training(max_steps=3, **options)
         workshop.trainer(tmp_path / name, training, config).train()
         losses[name] = [line["grad_norm"] for line in metrics(tmp_path / name, "train")]
-    for name in ("compiled", "both"):
-        assert losses[name] == pytest.approx(losses["plain"], rel=1e-3)
+    assert losses["both"] == pytest.approx(losses["plain"], rel=1e-3)
