@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitgen.kernels import matmul
 from bitgen.kernels.matmul import int8_matmul, ternary_matmul, ternary_matmul_reference
 from bitgen.kernels.packing import pack_int8, pack_ternary, unpack_int8, unpack_ternary
 from bitgen.kernels.quantize import quantize_activation, quantize_rows, quantize_weight
@@ -29,19 +32,42 @@ def test_packing_tensors_round_trips(rows: int, width: int, seed: int) -> None:
     assert torch.equal(unpack_int8(pack_int8(matrix), rows, width), matrix)
 
 
+@pytest.mark.parametrize("takes_int8", [True, False])
 @given(tokens=st.sampled_from([0, 1, 2, 16, 257]), rows=sizes, width=sizes, seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=60)
-def test_integer_product_is_exact(tokens: int, rows: int, width: int, seed: int) -> None:
+def test_integer_product_is_exact(
+    takes_int8: bool, tokens: int, rows: int, width: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randint(-128, 128, (tokens, width), dtype=torch.int8, generator=generator)
     ternary = random_ternary(rows, width, seed)
-    product = ternary_matmul(x, ternary)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matmul, "_is_int8_faster", takes_int8 and matmul._int8_matmul_works())
+        product = ternary_matmul(x, ternary)
     assert product.dtype == torch.float32
     assert torch.equal(product.long(), ternary_matmul_reference(x, ternary))
 
 
+def test_the_faster_product_is_taken_and_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    times: list[float] = []
+
+    def seconds(product: Callable[[], torch.Tensor]) -> float:
+        assert torch.equal(product().long(), torch.full((128, 128), 128))
+        return times.pop()
+
+    monkeypatch.setattr(matmul, "_int8_matmul_works", lambda: True)
+    monkeypatch.setattr(matmul, "_seconds", seconds)
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: a.int() @ b.int(), raising=False)
+    for int8, float32 in ((1.0, 2.0), (2.0, 1.0)):
+        monkeypatch.setattr(matmul, "_is_int8_faster", None)
+        times[:] = [float32, int8]
+        for _ in range(2):
+            assert matmul.int8_product_is_faster() == (int8 < float32)
+        assert times == []
+
+
 def test_integer_product_without_int8_support_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bitgen.kernels.matmul._int8_matmul_works", lambda: False)
+    monkeypatch.setattr(matmul, "_is_int8_faster", False)
     x = torch.randint(-128, 128, (5, 300), dtype=torch.int8)
     ternary = random_ternary(7, 300, 1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -49,29 +75,28 @@ def test_integer_product_without_int8_support_is_exact(monkeypatch: pytest.Monke
     assert torch.equal(product.long(), ternary_matmul_reference(x, ternary))
 
 
-@pytest.mark.parametrize("int8_works", [True, False])
+@pytest.mark.parametrize("takes_int8", [True, False])
 @given(tokens=st.sampled_from([0, 1, 2, 16, 257]), rows=sizes, width=sizes, seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=60)
 def test_int8_product_is_exact(
-    int8_works: bool, tokens: int, rows: int, width: int, seed: int
+    takes_int8: bool, tokens: int, rows: int, width: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randint(-128, 128, (tokens, width), dtype=torch.int8, generator=generator)
     weight = torch.randint(-127, 128, (rows, width), dtype=torch.int8, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
-        if not int8_works:
-            patch.setattr("bitgen.kernels.matmul._int8_matmul_works", lambda: False)
+        patch.setattr(matmul, "_is_int8_faster", takes_int8 and matmul._int8_matmul_works())
         product = int8_matmul(x, weight)
     assert product.dtype == torch.float32
     assert torch.equal(product.long(), x.long() @ weight.long().T)
 
 
-@pytest.mark.parametrize("int8_works", [True, False])
+@pytest.mark.parametrize("takes_int8", [True, False])
 def test_int8_sums_beyond_the_reach_of_float32_are_rounded_once(
-    int8_works: bool, monkeypatch: pytest.MonkeyPatch
+    takes_int8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not int8_works:
-        monkeypatch.setattr("bitgen.kernels.matmul._int8_matmul_works", lambda: False)
+    takes_int8 = takes_int8 and matmul._int8_matmul_works()
+    monkeypatch.setattr(matmul, "_is_int8_faster", takes_int8)
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(100, 128, (3, 6912), dtype=torch.int8, generator=generator)
     weight = torch.randint(100, 128, (5, 6912), dtype=torch.int8, generator=generator)

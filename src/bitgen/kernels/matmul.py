@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -32,6 +34,34 @@ def _int8_matmul_works() -> bool:
         return int(torch._int_mm(ones, ones.T)) == 4
     except RuntimeError:
         return False
+
+
+# Of this processor; None: not measured yet. A variable, since a compiled graph can read no cache.
+_is_int8_faster: bool | None = None
+
+
+def int8_product_is_faster() -> bool:
+    """Whether torch multiplies int8 matrices sooner than float32 ones on this CPU; measured once.
+
+    Without instructions for int8 products (x86 before VNNI) torch 2.15 takes some 20 times as long.
+    """
+    global _is_int8_faster
+    if _is_int8_faster is None:
+        ones_NK = torch.ones(128, 128, dtype=torch.int8)
+        _is_int8_faster = _int8_matmul_works() and _seconds(
+            lambda: torch._int_mm(ones_NK, ones_NK.T)
+        ) < _seconds(lambda: ones_NK.float() @ ones_NK.float().T)
+    return _is_int8_faster
+
+
+def _seconds(product: Callable[[], torch.Tensor]) -> float:
+    """The shortest of a few runs: what else the machine does lengthens some of them."""
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        product()
+        times.append(time.perf_counter() - began)
+    return min(times)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -78,10 +108,9 @@ def int8_matmul(x_MK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
 
 
 def _takes_int8(x_MK: torch.Tensor) -> bool:
-    # Every torch that compiles layers has the int8 product; a graph cannot ask by trying.
     # Of one column torch 2.14 reads the transposed weights wrongly.
-    return (
-        x_MK.device.type == "cpu"
-        and x_MK.shape[-1] > 1
-        and (_is_compiling() or bool(x_MK.numel() and _int8_matmul_works()))
-    )
+    if x_MK.device.type != "cpu" or x_MK.shape[-1] <= 1:
+        return False
+    if _is_compiling():  # a graph cannot measure; `BitGenModel.compile_layers` has
+        return _is_int8_faster is not False
+    return bool(x_MK.numel()) and int8_product_is_faster()

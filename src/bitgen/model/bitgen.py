@@ -21,6 +21,7 @@ from torch import nn
 
 from bitgen.config import CAPTION_IDF, BitGenConfig
 from bitgen.errors import ConfigError, ModelFileError
+from bitgen.kernels.matmul import int8_product_is_faster
 from bitgen.model.cache import AttentionCache, CacheShape, SlidingWindowCache, StaticCache
 from bitgen.model.compilation import require_compiler
 from bitgen.model.encoders import make_image_encoder, with_versions
@@ -514,6 +515,7 @@ class BitGenModel(nn.Module):
             ConfigError: there is no compiler, or this torch is too old.
         """
         require_compiler(self.text_decoder.norm.weight.device)
+        int8_product_is_faster()
         for module in self.modules():
             if isinstance(module, TransformerLayer):
                 module.compile_training()
