@@ -11,6 +11,8 @@ the training, with the tasks that name no other one, and added by its text alone
 `--coco_data` gives the captions for the tower's start: causal language modelling of the text alone,
 `--pretraining_steps` updates of 64 captions. The tokenizer is learnt from these captions and the
 robots' texts; no task of the data, and no robot's label, is seen before the folds are made.
+`--further_tasks FILE` joins the tasks of another file to the training part of every fold, for the
+linear models as for ours. None of them is tested on; one that stands in the data too is left out.
 Needs scikit-learn (`pip install 'bitgen[eval]'`). `--quick` is for a look at whether it runs.
 """
 
@@ -42,9 +44,10 @@ from bitgen.dataset.robots import (
     load_catalog,
     load_tasks,
     split_tasks,
+    without_tasks,
 )
 from bitgen.dataset.samples import TrainingSet
-from bitgen.dataset.task_words import robot_sets
+from bitgen.dataset.task_words import TASK_WORD_BINS, robot_sets
 from bitgen.dataset.tokenizer import Tokenizer
 from bitgen.inference.predictor import BitGen
 from bitgen.model.bitgen import BitGenModel
@@ -174,6 +177,7 @@ class Ours:
             vocab_size=4096,
             robot_names=names,
             robot_sets=robot_sets(train_tasks, names),
+            task_word_bins=TASK_WORD_BINS,
         )
         steps = self._num_epochs * math.ceil(len(train_tasks) / 16)
         training = TrainingConfig(
@@ -308,22 +312,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--robot_data", type=Path, action="append", required=True)
     parser.add_argument("--coco_data", type=Path, action="append", default=[])
+    parser.add_argument(
+        "--further_tasks", type=Path, action="append", default=[], help="to train on, never to test"
+    )
     parser.add_argument("--tower", type=Path, help="folder of a pretraining, made if absent")
     parser.add_argument("--pretraining_steps", type=int, default=1200)
     parser.add_argument("--num_epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one seed, two epochs, no twin")
+    parser.add_argument(
+        "--only_ours", action="store_true", help="the catalog that ships alone, and no twin"
+    )
     options = parser.parse_args()
     if options.quick:
         options.seeds, options.num_epochs, options.pretraining_steps = 1, 2, 20
     torch.set_num_threads(1)
     shipped = load_catalog()
     tasks = load_tasks(options.robot_data, shipped)
-    of_data = catalog_of_data(options.robot_data[0])
+    further: list[RobotTask] = []
+    if options.further_tasks:
+        further = without_tasks(load_tasks(options.further_tasks, shipped), tasks)
+    of_data = None if options.only_ours else catalog_of_data(options.robot_data[0])
     catalogs = {"ours": shipped, **({"the data's": of_data} if of_data else {})}
     own_first = of_data or shipped
     suits_NR = label_matrix(tasks, shipped)
-    print(f"{len(tasks)} tasks; shares of the robots:", end=" ")
+    print(f"{len(tasks)} tasks, {len(further)} further ones; shares of the robots:", end=" ")
     print(*(f"{r.name} {s:.2f}" for r, s in zip(shipped, suits_NR.mean(axis=0), strict=True)))
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -332,11 +345,12 @@ def main() -> None:
         tokenizer, towers = _towers(folder, options, [*shipped, *(of_data or [])])
         ours = Ours(tokenizer, options.num_epochs, Path(temporary))
         print(f"\n{FOLDS}-fold cross-validation{'':18} exact match     macro F1")
-        results = _compare(ours, towers, tasks, own_first, catalogs, options)
-        left_out = _leave_one_out(ours, towers.get("ternary"), tasks, catalogs, options)
+        results = _compare(ours, towers, tasks, further, own_first, catalogs, options)
+        left_out = _leave_one_out(ours, towers.get("ternary"), tasks, further, catalogs, options)
     line = {
         "benchmark": "robot_selection",
         "tasks": len(tasks),
+        "further_tasks": len(further),
         "seeds": options.seeds,
         "num_epochs": options.num_epochs,
         "pretraining_steps": options.pretraining_steps if towers else 0,
@@ -379,6 +393,7 @@ def _compare(
     ours: Ours,
     towers: dict[str, dict[str, torch.Tensor]],
     tasks: Sequence[RobotTask],
+    further: Sequence[RobotTask],
     catalog: Sequence[Robot],
     catalogs: dict[str, list[Robot]],
     options: argparse.Namespace,
@@ -402,10 +417,12 @@ def _compare(
             test: list[RobotTask],
             seed: int,
             choose: Callable[[list[str], np.ndarray, list[str]], np.ndarray] = choose,
+            further: Sequence[RobotTask] = () if choose is commonest_set else further,
         ) -> np.ndarray:
+            known = [*train, *further]
             return choose(
-                [task.task for task in train],
-                label_matrix(train, catalog),
+                [task.task for task in known],
+                label_matrix(known, catalog),
                 [task.task for task in test],
             )
 
@@ -414,7 +431,7 @@ def _compare(
         (f"ours, ternary, catalog {name}", robots, "ternary", True)
         for name, robots in catalogs.items()
     ]
-    if not options.quick:
+    if not (options.quick or options.only_ours):
         variants.append(("ours, ternary, without captions", list(catalog), "ternary", False))
         variants.append(("ours, full precision", list(catalog), "none", True))
     for name, robots, quantization, starts_from_captions in variants:
@@ -432,7 +449,7 @@ def _compare(
             tower: dict[str, torch.Tensor] | None = tower,
             at_half: list[np.ndarray] = at_half,
         ) -> np.ndarray:
-            model = ours.train(train, robots, seed, tower, quantization)
+            model = ours.train([*train, *further], robots, seed, tower, quantization)
             found_NR = probabilities(model, test, robots)
             at_half.append(chosen_at(found_NR, 0.5))
             column = [[robot.name for robot in robots].index(robot.name) for robot in catalog]
@@ -462,6 +479,7 @@ def _leave_one_out(
     ours: Ours,
     tower: dict[str, torch.Tensor] | None,
     tasks: Sequence[RobotTask],
+    further: Sequence[RobotTask],
     catalogs: dict[str, list[Robot]],
     options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
@@ -473,7 +491,7 @@ def _leave_one_out(
             seen = [other for other in catalog if other.name != robot.name]
             known = [
                 RobotTask(task.task, tuple(name for name in task.robots if name != robot.name))
-                for task in tasks
+                for task in [*tasks, *further]
                 if set(task.robots) != {robot.name}
             ]
             suits_N = np.array([robot.name in task.robots for task in tasks])

@@ -23,8 +23,6 @@ CAPTION_SAMPLINGS = ("one", "all")
 SCHEDULES = ("two_stage", "cosine")
 PARALLEL_STRATEGIES = ("ddp", "fsdp")
 OBJECTIVES = ("caption", "mlm", "self_critical")
-TASK_WORD_BINS = 4096
-"""Into so many bins the parts of tasks' words are hashed (`bitgen.dataset.task_words`)."""
 
 CAPTION_IDF = "caption_idf"
 """Tensor of a model, float16 `[V]`: inverse document frequencies of its training captions' tokens
@@ -156,6 +154,9 @@ class BitGenConfig(_JsonConfig):
     robot_sets: tuple[int, ...] = _field(
         (), "Sets of them that tasks named; bit r of a set stands for the robot r."
     )
+    task_word_bins: int = _field(
+        4096, "Bins of the linear model of tasks' words; 4096 in models that do not say."
+    )
     caption_idf: bool = _field(
         False, "Whether the weights hold in how few captions each token was, for --consensus."
     )
@@ -173,6 +174,7 @@ class BitGenConfig(_JsonConfig):
             "num_experts",
             "experts_per_token",
             "max_positions",
+            "task_word_bins",
             "image_size",
             "patch_size",
             "encoder_hidden_size",

@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from bitgen.config import TASK_WORD_BINS, BitGenConfig
+from bitgen.config import BitGenConfig
 from bitgen.dataset.robots import RobotTask
 from bitgen.dataset.task_words import (
+    TASK_WORD_BINS,
     TaskWords,
     inverse_document_frequencies,
     pooled_log_odds,
@@ -53,21 +54,23 @@ def test_of_many_sets_the_commonest_stay() -> None:
 
 
 def test_words_of_one_stem_share_parts_and_case_does_not_count() -> None:
-    swim, swimmer, walk = (set(word_parts(text)) for text in ("swim", "swimmer", "walk"))
-    assert len(swim & swimmer) >= 5 and not swim & walk
-    assert word_parts("Swim, swim!") == pytest.approx(
-        {found: 1 + math.log(2) for found in word_parts("swim")}
+    swim, swimmer, walk = (
+        set(word_parts(text, TASK_WORD_BINS)) for text in ("swim", "swimmer", "walk")
     )
-    assert word_parts("?!") == {} and len(word_parts("a")) == 1
+    assert len(swim & swimmer) >= 5 and not swim & walk
+    assert word_parts("Swim, swim!", 4096) == pytest.approx(
+        {found: 1 + math.log(2) for found in word_parts("swim", 4096)}
+    )
+    assert word_parts("?!", 4096) == {} and len(word_parts("a", 4096)) == 1
 
 
 def test_tfidf_has_length_one_and_weighs_rare_parts_more() -> None:
-    parts = [word_parts("dive deep"), word_parts("dive far"), word_parts("fly far")]
-    idf_D = inverse_document_frequencies(parts)
+    parts = [word_parts(text, 4096) for text in ("dive deep", "dive far", "fly far")]
+    idf_D = inverse_document_frequencies(parts, 4096)
     bins, weights = tfidf(parts[0], idf_D)
     assert (weights**2).sum() == pytest.approx(1)
     by_bin = dict(zip(bins.tolist(), weights.tolist(), strict=True))
-    rare, common = set(word_parts("deep")), set(word_parts("dive"))
+    rare, common = set(word_parts("deep", 4096)), set(word_parts("dive", 4096))
     assert min(by_bin[found] for found in rare) > max(by_bin[found] for found in common)
     assert len(tfidf({}, idf_D)[0]) == 0
 
@@ -77,7 +80,9 @@ def test_log_odds_are_those_of_the_sets_probabilities() -> None:
     tasks = ["Dive to the wreck.", "Walk over the rubble.", ""]
     found_NR = words.log_odds(tasks)
     for found_R, task in zip(found_NR, tasks, strict=True):
-        bins, values = tfidf(word_parts(task), np.asarray(words.idf_D, dtype=np.float64))
+        bins, values = tfidf(
+            word_parts(task, TASK_WORD_BINS), np.asarray(words.idf_D, dtype=np.float64)
+        )
         logits = words.weights_ZD[:, bins] @ values + words.bias_Z
         shares = np.exp(logits) / np.exp(logits).sum()
         expected = [shares[0] + shares[2], shares[1], shares[2]]  # sets 001, 010 and 101
@@ -91,7 +96,9 @@ def test_a_robot_of_every_set_or_of_none_is_sure_but_not_infinitely() -> None:
 
 def test_tensors_of_a_model_are_read_back() -> None:
     words = random_words(2)
-    config = BitGenConfig.preset("nano", robot_names=NAMES, robot_sets=(1, 2, 5))
+    config = BitGenConfig.preset(
+        "nano", robot_names=NAMES, robot_sets=(1, 2, 5), task_word_bins=TASK_WORD_BINS
+    )
     tensors = words.tensors()
     assert {array.dtype for array in tensors.values()} == {np.dtype(np.float16)}
     found = TaskWords.of_model(config, tensors)

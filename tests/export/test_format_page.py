@@ -99,6 +99,7 @@ def expected_tensors(
         "V": config.vocab_size, "C": config.hidden_size, "H": config.num_heads,
         "G": config.num_kv_heads, "D": config.head_dim, "F": config.intermediate_size,
         "E": config.num_experts, "R": len(config.robot_names), "Z": len(config.robot_sets),
+        "U": config.task_word_bins,
         "W": config.encoder_hidden_size, "I": config.encoder_intermediate_size,
         "P": (config.image_size // config.patch_size) ** 2,
         "w": {**dict(enumerate(widths_of_stem)), -1: 3},
@@ -143,7 +144,7 @@ def tensors_of(
         ({"encoder_hidden_size": 48, "encoder_layers": 2, "patch_size": 8}, "1.6", "int8", "int8"),
         ({"stem_residual_convolutions": 2}, "2", "float32", "float32"),
         ({"stem_residual_convolutions": 1}, "2", "float32", "int8"),
-        ({"robot_sets": (1, 3)}, "2", "float32", "float32"),
+        ({"robot_sets": (1, 3), "task_word_bins": 512}, "2", "float32", "float32"),
         ({"caption_idf": True}, "2", "float32", "float32"),
     ],
     ids=[

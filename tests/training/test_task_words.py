@@ -7,9 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitgen.config import TASK_WORD_BINS
 from bitgen.dataset.robots import RobotTask, load_catalog, load_tasks
-from bitgen.dataset.task_words import robot_sets, set_numbers, tfidf, word_parts
+from bitgen.dataset.task_words import (
+    TASK_WORD_BINS,
+    robot_sets,
+    set_numbers,
+    tfidf,
+    word_parts,
+)
 from bitgen.training.task_words import fit_task_words
 
 NAMES = tuple(robot.name for robot in load_catalog())
@@ -23,7 +28,7 @@ def test_what_is_fitted_tells_the_tasks_apart_and_generalises_to_other_forms() -
         RobotTask("Photograph the roof from above", ("Drone",)),
     ]
     sets = robot_sets(tasks, NAMES)
-    words = fit_task_words(tasks, NAMES, sets)
+    words = fit_task_words(tasks, NAMES, sets, TASK_WORD_BINS)
     new = words.log_odds(["He is diving and swimming", "Flying above the roofs"])
     drone, underwater = NAMES.index("Drone"), NAMES.index("Underwater Robot")
     assert new[0, underwater] > 0 > new[0, drone]
@@ -36,7 +41,7 @@ def test_tasks_of_other_sets_are_left_out() -> None:
     tasks = [RobotTask("Dive", ("Underwater Robot",)), RobotTask("Fly", ("Drone",))]
     extra = RobotTask("Fly and dive", ("Drone", "Underwater Robot"))
     sets = robot_sets(tasks, NAMES)
-    with_extra, without = (fit_task_words(t, NAMES, sets) for t in ([*tasks, extra], tasks))
+    with_extra, without = (fit_task_words(t, NAMES, sets, 512) for t in ([*tasks, extra], tasks))
     np.testing.assert_allclose(with_extra.weights_ZD, without.weights_ZD)
 
 
@@ -44,10 +49,10 @@ def test_it_is_the_logistic_regression_of_scikit_learn(robots_dir: Path) -> None
     linear_model = pytest.importorskip("sklearn.linear_model")
     tasks = load_tasks(robots_dir / "single_robot_selection.json", load_catalog())[:80]
     sets = robot_sets(tasks, NAMES)
-    words = fit_task_words(tasks, NAMES, sets)
+    words = fit_task_words(tasks, NAMES, sets, TASK_WORD_BINS)
     features = np.zeros((len(tasks), TASK_WORD_BINS))
     for row, task in zip(features, tasks, strict=True):
-        bins, weights = tfidf(word_parts(task.task), np.asarray(words.idf_D))
+        bins, weights = tfidf(word_parts(task.task, TASK_WORD_BINS), np.asarray(words.idf_D))
         row[bins] = weights
     numbers = [number for number in set_numbers(tasks, NAMES, sets) if number is not None]
     theirs = linear_model.LogisticRegression(C=30, max_iter=5000, tol=1e-8).fit(features, numbers)

@@ -10,7 +10,7 @@ and what the robot selector says are pooled (`pooled_log_odds`).
 Parts are those of 3 to 5 characters of each word with a space on either side, so that "swim",
 "swimming" and "swimmer" share most. They are hashed into D bins, so that no list of them is kept.
 
-Shapes: N tasks, R robots, Z sets of robots, D = `TASK_WORD_BINS`.
+Shapes: N tasks, R robots, Z sets of robots, D bins.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from bitgen.config import TASK_WORD_BINS, BitGenConfig
+from bitgen.config import BitGenConfig
 from bitgen.dataset.robots import RobotTask
 
 _WORD = re.compile(r"\w+")
 _PARTS = (3, 4, 5)  # characters
 _MOST_SETS = 64
+TASK_WORD_BINS = 8192
+"""Of the models that are trained now; a model says how many it has."""
 _MOST_LOG_ODDS = 12.0  # where every set, or none, has a robot
 
 TASK_WORD_TENSORS = (
@@ -64,15 +66,15 @@ def _set_of(task: RobotTask, names: Sequence[str]) -> int:
     return sum(1 << index for index, name in enumerate(names) if name in task.robots)
 
 
-def word_parts(task: str) -> dict[int, float]:
-    """The bins of a task's parts of words, each with 1 + ln of how often it comes."""
+def word_parts(task: str, num_bins: int) -> dict[int, float]:
+    """The bins that a task's parts of words fall into, each with 1 + ln of how often it comes."""
     counts: Counter[int] = Counter()
     for word in _WORD.findall(task.casefold()):
         padded = f" {word} "
         for size in _PARTS:
             for start in range(max(1, len(padded) - size + 1)):
                 part = padded[start : start + size]
-                counts[zlib.crc32(part.encode()) % TASK_WORD_BINS] += 1
+                counts[zlib.crc32(part.encode()) % num_bins] += 1
                 if size >= len(padded):
                     break
             if size >= len(padded):
@@ -80,9 +82,9 @@ def word_parts(task: str) -> dict[int, float]:
     return {found: 1.0 + float(np.log(count)) for found, count in counts.items()}
 
 
-def inverse_document_frequencies(parts: Sequence[Mapping[int, float]]) -> Floats:
+def inverse_document_frequencies(parts: Sequence[Mapping[int, float]], num_bins: int) -> Floats:
     """float64 `[D]`: ln((1 + N) / (1 + n)) + 1 for a bin that n of N tasks have."""
-    counts = np.zeros(TASK_WORD_BINS)
+    counts = np.zeros(num_bins)
     for found in parts:
         counts[list(found)] += 1
     return np.log((1 + len(parts)) / (1 + counts)) + 1
@@ -138,7 +140,7 @@ class TaskWords:
         has_ZR = np.array([[found >> int(r) & 1 for r in robots_R] for found in self.sets], bool)
         logits_NZ = np.empty((len(tasks), len(self.sets)))
         for row, task in zip(logits_NZ, tasks, strict=True):
-            bins, weights = tfidf(word_parts(task), self.idf_D.astype(np.float64))
+            bins, weights = tfidf(word_parts(task, len(self.idf_D)), self.idf_D.astype(np.float64))
             row[:] = self.weights_ZD[:, bins].astype(np.float64) @ weights + self.bias_Z
         with_NZR = np.where(has_ZR, logits_NZ[:, :, None], -np.inf)
         without_NZR = np.where(has_ZR, -np.inf, logits_NZ[:, :, None])

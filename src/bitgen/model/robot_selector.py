@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from bitgen.config import TASK_WORD_BINS, BitGenConfig
+from bitgen.config import BitGenConfig
 from bitgen.model.norm import RMSNorm
 from bitgen.model.ternary import make_linear
 
@@ -39,9 +39,9 @@ class RobotSelector(nn.Module):
         num_sets = len(config.robot_sets)
         if num_sets:
             for name, shape in (
-                ("word_weights", (num_sets, TASK_WORD_BINS)),
+                ("word_weights", (num_sets, config.task_word_bins)),
                 ("word_bias", (num_sets,)),
-                ("word_idf", (TASK_WORD_BINS,)),
+                ("word_idf", (config.task_word_bins,)),
             ):
                 self.register_buffer(name, torch.zeros(shape, dtype=torch.float16))
 

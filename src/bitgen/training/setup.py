@@ -31,7 +31,7 @@ from bitgen.dataset.robots import (
     without_tasks,
 )
 from bitgen.dataset.samples import PictureVariants, TrainingSet
-from bitgen.dataset.task_words import TASK_WORD_TENSORS, robot_sets
+from bitgen.dataset.task_words import TASK_WORD_BINS, TASK_WORD_TENSORS, robot_sets
 from bitgen.dataset.tokenizer import Tokenizer
 from bitgen.errors import ConfigError, DatasetError, InputError, OutputExistsError
 from bitgen.model.bitgen import BitGenModel
@@ -55,7 +55,9 @@ BAD_IMAGES_NAMED = 5
 DEFAULT_SIZE = "tiny"
 
 # What the name of a size does not say of a model.
-_ANY_INITIAL = frozenset(("model_size", "vocab_size", "robot_names", "robot_sets", "caption_idf"))
+_ANY_INITIAL = frozenset(
+    ("model_size", "vocab_size", "robot_names", "robot_sets", "task_word_bins", "caption_idf")
+)
 _ROBOT_BIAS = "robot_selector.robot_bias"
 
 
@@ -270,7 +272,12 @@ def read_sources(
     observer.on_note(data.words())
     if data.train_tasks:
         names = tuple(robot.name for robot in data.catalog)
-        config = replace(config, robot_names=names, robot_sets=robot_sets(data.train_tasks, names))
+        config = replace(
+            config,
+            robot_names=names,
+            robot_sets=robot_sets(data.train_tasks, names),
+            task_word_bins=TASK_WORD_BINS,
+        )
     if data.train_images:
         config = replace(config, caption_idf=True)
     return config, data, tokenizer
@@ -619,7 +626,13 @@ def _initial_model(
         initial = open_initial_models(initial_model)
         tensors = initial.tensors()
         _move_robot_bias(model, tensors, initial.config.robot_names)
-        _leave_task_words(model, tensors, is_same=initial.config.robot_sets == config.robot_sets)
+        own, others = config, initial.config
+        _leave_task_words(
+            model,
+            tensors,
+            is_same=(own.robot_sets, own.task_word_bins)
+            == (others.robot_sets, others.task_word_bins),
+        )
         if config.caption_idf:  # what it does not have the trainer counts
             tensors.setdefault(CAPTION_IDF, model.caption_idf)
         load_model_tensors(model, tensors, initial.path)
@@ -648,7 +661,7 @@ def _move_robot_bias(
 
 
 def _leave_task_words(model: BitGenModel, tensors: dict[str, torch.Tensor], is_same: bool) -> None:
-    """Where there are other sets of robots, keep the model's own: the trainer fits them anew."""
+    """Of other sets of robots or bins, keep the model's own: the trainer fits them anew."""
     if not is_same:
         own = model.state_dict()
         for name in TASK_WORD_TENSORS:

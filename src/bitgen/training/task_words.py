@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from bitgen.config import TASK_WORD_BINS
 from bitgen.dataset.robots import RobotTask
 from bitgen.dataset.task_words import (
     TaskWords,
@@ -23,7 +22,7 @@ _MOST_ITERATIONS = 200
 
 
 def fit_task_words(
-    tasks: Sequence[RobotTask], names: Sequence[str], sets: Sequence[int]
+    tasks: Sequence[RobotTask], names: Sequence[str], sets: Sequence[int], num_bins: int
 ) -> TaskWords:
     """Multinomial logistic regression with an L2 penalty, by L-BFGS: the loss has one minimum.
 
@@ -31,17 +30,18 @@ def fit_task_words(
         tasks: to learn from; those whose robots are none of `sets` are left out.
         names: of the robots.
         sets: of robots, at least one, as `robot_sets` gives them.
+        num_bins: that parts of words are hashed into.
     """
     numbers = set_numbers(tasks, names, sets)
     known = [(task, n) for task, n in zip(tasks, numbers, strict=True) if n is not None]
-    parts = [word_parts(task.task) for task, _ in known]
-    idf_D = inverse_document_frequencies(parts)
+    parts = [word_parts(task.task, num_bins) for task, _ in known]
+    idf_D = inverse_document_frequencies(parts, num_bins)
     rows = [tfidf(found, idf_D) for found in parts]
     bins_M = torch.from_numpy(np.concatenate([bins for bins, _ in rows]))
     values_M = torch.from_numpy(np.concatenate([weights for _, weights in rows]))
     starts_N = torch.tensor(np.cumsum([0, *(len(bins) for bins, _ in rows[:-1])]))
     targets_N = torch.tensor([number for _, number in known])
-    weights_DZ = torch.zeros(TASK_WORD_BINS, len(sets), dtype=torch.float64, requires_grad=True)
+    weights_DZ = torch.zeros(num_bins, len(sets), dtype=torch.float64, requires_grad=True)
     bias_Z = torch.zeros(len(sets), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [weights_DZ, bias_Z], max_iter=_MOST_ITERATIONS, line_search_fn="strong_wolfe"

@@ -363,7 +363,12 @@ class Trainer:
             with torch.no_grad():
                 selector.start_from_shares(shares, model.eval().encode_robots())
         if checkpoint is None and tasks and model.config.robot_sets:
-            words = fit_task_words(tasks, model.config.robot_names, model.config.robot_sets)
+            words = fit_task_words(
+                tasks,
+                model.config.robot_names,
+                model.config.robot_sets,
+                model.config.task_word_bins,
+            )
             fitted = {name: torch.from_numpy(array) for name, array in words.tensors().items()}
             model.load_state_dict(fitted, strict=False)
         if checkpoint is None and model.config.caption_idf and self._train_set.images:
