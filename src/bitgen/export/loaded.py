@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from bitgen.dataset.tokenizer import Tokenizer
 from bitgen.errors import ModelFileError
 from bitgen.export.artifact import read_catalog, read_tokenizer
 from bitgen.model.bitgen import BitGenModel
+from bitgen.model.device import without_storage
 from bitgen.model.int8_embedding import Int8Embedding
 from bitgen.model.ternary import PackedTernaryLinear, TernaryLinear, pack_ternary_layers
 from bitgen.training.checkpoint import RunFiles, open_run, read_tensors
@@ -71,7 +73,7 @@ def empty_model(config: BitGenConfig, packed: bool, embedding: str = "float32") 
         embedding: `float32`, or `int8` for an embedding and lm head in int8.
     """
     # Some encoders of others read their own weights while they are made.
-    with torch.device("meta" if config.image_encoder == "vit" else "cpu"):
+    with without_storage() if config.image_encoder == "vit" else nullcontext():
         model = BitGenModel(config)
         if packed:
             _make_packed_layers(model)

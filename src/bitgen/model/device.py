@@ -1,8 +1,13 @@
-"""Which device a name means on this machine."""
+"""Which device a name means on this machine, and modules that are on none."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
+from torch.overrides import TorchFunctionMode
 
 from bitgen.errors import ConfigError
 
@@ -26,3 +31,22 @@ def resolve_device(name: str) -> torch.device:
             "Device mps was asked for, but torch sees no Apple GPU.", remedy="Use --device auto."
         )
     return device
+
+
+@contextmanager
+def without_storage() -> Iterator[None]:
+    """Modules made here have shapes and no numbers (device meta): to assign others, or to count."""
+    with torch.device("meta"), _NothingDrawn():
+        yield
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves out `torch.nn.init`, for which torch 2.15 would import its compiler on device meta."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

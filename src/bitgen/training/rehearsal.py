@@ -11,6 +11,7 @@ import dataclasses
 import math
 import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from bitgen.config import BitGenConfig, TrainingConfig
 from bitgen.dataset.collate import IGNORED_LABEL, LENGTH_STEP, Batch
 from bitgen.dataset.features import FEATURE_DTYPE, caches_features
 from bitgen.model.bitgen import BitGenModel
+from bitgen.model.device import without_storage
 from bitgen.training.allocator import LARGEST_IN_HEAP
 from bitgen.training.gradients import GradientBuffers
 from bitgen.training.objective import Objective
@@ -239,7 +241,7 @@ def make_fake(model: nn.Module, fake_mode: Any, device: torch.device) -> None:
 def model_of_shapes(config: BitGenConfig) -> BitGenModel:
     """The model of `config` for its shapes alone: with `vit` without storage (device meta)."""
     # Some encoders of others read their own weights while they are made.
-    with torch.device("meta" if config.image_encoder == "vit" else "cpu"):
+    with without_storage() if config.image_encoder == "vit" else nullcontext():
         return BitGenModel(config)
 
 
