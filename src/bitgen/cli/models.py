@@ -38,7 +38,7 @@ Backend = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", help="Processor threads. Default: one a core.")
 ]
-DEFAULT_CONSENSUS = 32
+DEFAULT_CONSENSUS = 64
 """Captions to find a consensus among where nothing else is asked for: docs/training.md says what it
 brings, and docs/inference.md what it costs."""
 DEFAULT_BEAMS = 5
@@ -56,8 +56,8 @@ Consensus = Annotated[
     typer.Option(
         "--consensus",
         metavar="N",
-        help="Draw N captions and take the one most like all of them; 64 are a little better than"
-        f" 32 and take twice as long. 0: {DEFAULT_BEAMS} beams. Default: {DEFAULT_CONSENSUS}; none"
+        help="Draw N captions and take the one most like all of them; fewer are sooner, and a"
+        f" little worse. 0: {DEFAULT_BEAMS} beams. Default: {DEFAULT_CONSENSUS}; none"
         " where --beam_size, --length_penalty or --temperature is given, or a model drafts.",
     ),
 ]
