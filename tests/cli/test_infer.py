@@ -271,6 +271,7 @@ def test_an_interrupt_ends_a_folder_at_once_and_cleanly(
     assert len(lines) < 200 * len(pictures) - 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="opens a pseudo terminal")
 def test_a_terminal_shows_progress_beside_answers_that_go_elsewhere(
     trained: Path, pictures: list[Path], tmp_path: Path

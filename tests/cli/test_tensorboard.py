@@ -141,6 +141,7 @@ def table(log: EventAccumulator, step: int) -> list[tuple[str, ...]]:
     return [tuple(cell.strip() for cell in line[1:-1].split(" | ")) for line in lines]
 
 
+@pytest.mark.slow
 def test_a_logged_training_ends_with_the_same_bits(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +163,7 @@ def test_a_logged_training_ends_with_the_same_bits(
             assert torch.equal(tensor, found[key]), key
 
 
+@pytest.mark.slow
 def test_a_resumed_training_goes_on_in_the_same_log(run: Any, train: Train, tmp_path: Path) -> None:
     log_dir = tmp_path / "logs" / "one"
     run_dir = train("run", "--logs", "tensorboard", "--log_dir", log_dir)

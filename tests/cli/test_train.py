@@ -530,6 +530,7 @@ def test_help_says_what_the_sizes_take(run, monkeypatch: pytest.MonkeyPatch) -> 
 # What it would take, without training ------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
     run, scenes: Path, small_training: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -556,6 +557,7 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
     assert sorted(scenes.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_updates_of_words_by_their_own_time(
     run, scenes: Path, small_training: list[str]
 ) -> None:

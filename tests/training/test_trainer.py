@@ -71,6 +71,7 @@ def metrics(run_dir: Path, kind: str) -> list[dict[str, Any]]:
 # Learning ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("all_panels")
 def test_it_learns_captions_and_robots_and_writes_the_whole_run(
     workshop: Any, events: Any, make_training: MakeTraining, tmp_path: Path
