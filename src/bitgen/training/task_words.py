@@ -37,29 +37,33 @@ def fit_task_words(
     parts = [word_parts(task.task, num_bins) for task, _ in known]
     idf_D = inverse_document_frequencies(parts, num_bins)
     rows = [tfidf(found, idf_D) for found in parts]
-    bins_M = torch.from_numpy(np.concatenate([bins for bins, _ in rows]))
+    # Only the U bins that tasks use: the penalty leaves the others at 0, and few words use few.
+    used_U, positions = np.unique(np.concatenate([bins for bins, _ in rows]), return_inverse=True)
+    positions_M = torch.from_numpy(positions)
     values_M = torch.from_numpy(np.concatenate([weights for _, weights in rows]))
     starts_N = torch.tensor(np.cumsum([0, *(len(bins) for bins, _ in rows[:-1])]))
     targets_N = torch.tensor([number for _, number in known])
-    weights_DZ = torch.zeros(num_bins, len(sets), dtype=torch.float64, requires_grad=True)
+    weights_UZ = torch.zeros(len(used_U), len(sets), dtype=torch.float64, requires_grad=True)
     bias_Z = torch.zeros(len(sets), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [weights_DZ, bias_Z], max_iter=_MOST_ITERATIONS, line_search_fn="strong_wolfe"
+        [weights_UZ, bias_Z], max_iter=_MOST_ITERATIONS, line_search_fn="strong_wolfe"
     )
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
         logits_NZ = functional.embedding_bag(
-            bins_M, weights_DZ, starts_N, mode="sum", per_sample_weights=values_M
+            positions_M, weights_UZ, starts_N, mode="sum", per_sample_weights=values_M
         )
         total = functional.cross_entropy(logits_NZ + bias_Z, targets_N, reduction="sum")
-        total = total + 0.5 * _PENALTY * weights_DZ.square().sum()
+        total = total + 0.5 * _PENALTY * weights_UZ.square().sum()
         total.backward()
         return total
 
     optimizer.step(loss)
+    weights_ZD = np.zeros((len(sets), num_bins))
+    weights_ZD[:, used_U] = weights_UZ.detach().T.numpy()
     return TaskWords(
-        weights_ZD=weights_DZ.detach().T.numpy(),
+        weights_ZD=weights_ZD,
         bias_Z=bias_Z.detach().numpy(),
         idf_D=idf_D,
         sets=tuple(sets),
