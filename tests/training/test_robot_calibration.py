@@ -56,7 +56,7 @@ def test_the_temperature_is_the_one_that_had_scaled_the_logits() -> None:
 def test_words_weigh_as_much_as_they_know() -> None:
     log_odds, suits = drawn(1, (3000, 3))
     noise = np.random.default_rng(2).normal(size=log_odds.shape)
-    assert calibrate_robots(noise, log_odds, suits).word_weight == 1.0
+    assert calibrate_robots(noise, log_odds, suits).word_weight == 0.75
     assert calibrate_robots(log_odds, noise, suits).word_weight == 0.0
     both = calibrate_robots(log_odds + noise, log_odds - noise, suits)
     assert both.word_weight == 0.5

@@ -17,8 +17,9 @@ from bitgen.dataset.task_words import pooled_log_odds
 
 ROBOT_TEMPERATURES = tuple(round(2 ** (step / 4), 3) for step in range(-4, 17))
 """What robots' logits may be divided by, 1/2 to 16: validation takes the best."""
-ROBOT_WORD_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Shares that the words may have in the log odds: validation takes the best."""
+ROBOT_WORD_WEIGHTS = (0.0, 0.25, 0.5, 0.75)
+"""Shares that the words may have in the log odds: validation takes the best. Never all: picture and
+robots' texts are to have a say."""
 ROBOT_THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 """Probabilities from which a robot may be chosen, 0.05 to 0.95: validation takes the best."""
 
