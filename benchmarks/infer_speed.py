@@ -87,8 +87,8 @@ def measure(
     del native, reference
 
     command = bitgen_command()
-    infer = [*command, "infer", str(images[0]), "--json", "--beam_size", "1", "--device", "cpu"]
-    infer.append("--model")
+    greedy = ["--beam_size", "1"]
+    infer = [*command, "infer", str(images[0]), "--json", *greedy, "--device", "cpu", "--model"]
     starts = interleave(
         {
             name: functools.partial(seconds_of, functools.partial(call, words))
