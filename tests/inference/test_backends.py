@@ -116,6 +116,26 @@ def test_beams_and_prompts_are_the_same(
 
 
 @needs_library
+@pytest.mark.parametrize("cut", [{}, {"top_k": 5}, {"top_p": 0.7}])
+@pytest.mark.parametrize("consensus", [0, 12])
+def test_a_seed_draws_the_same_words(
+    make_run: MakeRun, pictures: list[Path], cut: dict[str, float], consensus: int
+) -> None:
+    native, reference = both(make_run())
+    for seed in (0, -5, 2**64 - 1):
+        options = {"temperature": 1.5, "seed": seed, "max_tokens": 9, **cut}
+        if not consensus:
+            assert_same(native.caption(pictures, **options), reference.caption(pictures, **options))
+            continue
+        drawn, expected = (
+            drawn_captions(model, pictures[0], consensus, **options)
+            for model in (native, reference)
+        )
+        assert len(set(map(tuple, expected))) > 3
+        assert sum(one == other for one, other in zip(drawn, expected, strict=True)) > 9
+
+
+@needs_library
 def test_a_tiny_temperature_draws_the_likeliest_and_seeds_repeat(
     make_run: MakeRun, pictures: list[Path]
 ) -> None:
@@ -157,7 +177,7 @@ def test_a_consensus_is_the_caption_that_is_most_like_those_drawn(
 
 
 def drawn_captions(
-    model: BitGen, picture: Path, count: int, seed: int, max_tokens: int, temperature: float
+    model: BitGen, picture: Path, count: int, seed: int, max_tokens: int, **options: Any
 ) -> list[list[int]]:
     """Token ids of captions, by the functions below `BitGen`."""
     tokenizer = model.tokenizer
@@ -166,15 +186,15 @@ def drawn_captions(
     if model.backend == "native":
         engine = model._native._engine
         options = GenerationOptions(
-            eos_id=tokenizer.eos_id, max_tokens=max_tokens, temperature=temperature,
+            eos_id=tokenizer.eos_id, max_tokens=max_tokens, **options,
             never_ids=never_ids, vocab_size=tokenizer.vocab_size, num_samples=count,
         )  # fmt: skip
         images = engine.encode_images(pixels[None])
         return [g.tokens for g in engine.generate([[tokenizer.bos_id]], images, options, [seed])]
     drawn = generate(
         model.model, model._torch._images([pixels]), [[tokenizer.bos_id]], tokenizer.eos_id,
-        max_tokens, temperature=temperature, never_ids=never_ids, vocab_size=tokenizer.vocab_size,
-        generators=[torch.Generator().manual_seed(seed)], num_samples=count,
+        max_tokens, never_ids=never_ids, vocab_size=tokenizer.vocab_size, seeds=[seed],
+        num_samples=count, **options,
     )  # fmt: skip
     return [got.tokens for got in drawn]
 

@@ -62,9 +62,7 @@ def run(
     generator = torch.Generator().manual_seed(seed)
     options.setdefault("max_tokens", 9)
     if options.get("temperature"):
-        options["generators"] = [
-            torch.Generator().manual_seed(7 + row) for row in range(len(prompts))
-        ]
+        options["seeds"] = [7 + row for row in range(len(prompts))]
     return generate(
         model,
         torch.randn(len(prompts), 3, 16, 16, generator=generator) if with_images else None,

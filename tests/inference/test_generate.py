@@ -144,21 +144,10 @@ def test_a_batch_answers_as_each_row_alone(
 ) -> None:
     model = toy_model(1, quantization="none", **experts)
     images = toy_images(len(PROMPTS))
-    sampling = "temperature" in options
-
-    def generators(rows: Sequence[int]) -> list[torch.Generator] | None:
-        return [torch.Generator().manual_seed(row) for row in rows] if sampling else None
-
     rows = range(len(PROMPTS))
-    together = run(model, PROMPTS, images=images, generators=generators(rows), **options)
+    together = run(model, PROMPTS, images=images, seeds=rows, **options)
     for row in rows:
-        (alone,) = run(
-            model,
-            [PROMPTS[row]],
-            images=images[row : row + 1],
-            generators=generators([row]),
-            **options,
-        )
+        (alone,) = run(model, [PROMPTS[row]], images=images[row : row + 1], seeds=[row], **options)
         assert alone.tokens == together[row].tokens
         assert alone.log_probability == pytest.approx(together[row].log_probability, abs=1e-4)
 
@@ -172,10 +161,7 @@ def test_special_tokens_and_unused_rows_are_never_generated() -> None:
         for got in run(model, PROMPTS, max_tokens=12, **options):
             assert set(got.tokens) <= {5, 6, 7}
     # Without the ban they do appear: the test above can fail.
-    free = generate(
-        model, toy_images(3), PROMPTS, EOS, 12, temperature=3.0,
-        generators=[torch.Generator().manual_seed(i) for i in range(3)],
-    )  # fmt: skip
+    free = generate(model, toy_images(3), PROMPTS, EOS, 12, temperature=3.0, seeds=range(3))
     assert any(set(got.tokens) & {0, 1, 3, 4, 8, 9, 10} for got in free)
 
 
@@ -212,11 +198,9 @@ def draw(
     logits: Sequence[float], count: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1
 ) -> Counter[int]:
     rows = torch.tensor([logits]).expand(count, -1)
-    generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
-    sampler = generation._Sampler(
-        temperature, top_k, top_p, generators, count, 1, torch.device("cpu")
-    )
-    return Counter(sampler(rows, 0).tolist())
+    uniform = torch.from_numpy(generation._uniform_numbers(range(count), 1, 1))
+    sampler = generation._Sampler(temperature, top_k, top_p, uniform)
+    return Counter(sampler(rows).tolist())
 
 
 LOGITS = [1.0, 3.0, -1.0, 2.0, float("-inf"), 2.5]
@@ -246,9 +230,8 @@ def test_top_k_and_top_p_keep_the_likeliest() -> None:
 
 def test_the_ends_of_the_unit_interval_draw_possible_tokens() -> None:
     logits = torch.tensor([[float("-inf"), 0.0, 5.0, float("-inf")]])
-    sampler = generation._Sampler(1.0, 0, 1.0, [torch.Generator()], 1, 2, torch.device("cpu"))
-    sampler.uniform_BT = torch.tensor([[0.0, 1.0]])
-    assert [sampler(logits, 0).item(), sampler(logits, 1).item()] == [1, 2]
+    sampler = generation._Sampler(1.0, 0, 1.0, torch.tensor([[0.0, 1.0]], dtype=torch.float64))
+    assert [sampler(logits).item(), sampler(logits).item()] == [1, 2]
 
 
 def test_a_tiny_temperature_is_greedy() -> None:
@@ -264,12 +247,12 @@ def test_sampling_repeats_by_seed_and_differs_otherwise() -> None:
     model = toy_model(0)
 
     def sample(seed: int) -> list[list[int]]:
-        generators = [torch.Generator().manual_seed(seed) for _ in PROMPTS]
-        return [g.tokens for g in run(model, PROMPTS, temperature=2.0, generators=generators)]
+        drawn = run(model, PROMPTS, temperature=2.0, seeds=[seed] * len(PROMPTS))
+        return [g.tokens for g in drawn]
 
     assert sample(7) == sample(7)
     assert len({str(sample(seed)) for seed in range(6)}) > 3
-    # Without generators, torch's own seed decides.
+    # Without seeds, torch's own decides.
     torch.manual_seed(5)
     first = run(model, PROMPTS, temperature=2.0)
     assert run(model, PROMPTS, temperature=2.0) != first
@@ -281,8 +264,7 @@ def test_a_longer_limit_does_not_change_the_draws_before_it() -> None:
     model = toy_model(0)
 
     def sample(max_tokens: int) -> list[int]:
-        generators = [torch.Generator().manual_seed(3)]
-        (got,) = run(model, [[BOS]], max_tokens=max_tokens, temperature=2.0, generators=generators)
+        (got,) = run(model, [[BOS]], max_tokens=max_tokens, temperature=2.0, seeds=[3])
         return got.tokens
 
     longest = sample(20)
@@ -298,7 +280,7 @@ def test_samples_of_a_prompt_are_spread_evenly(cut: dict[str, Any]) -> None:
     for seed in range(3):
         drawn = run(
             model, [PROMPTS[0]], images=images, max_tokens=2, temperature=temperature,
-            generators=[torch.Generator().manual_seed(seed)], num_samples=num_samples, **cut,
+            seeds=[seed], num_samples=num_samples, **cut,
         )  # fmt: skip
         said = [tuple([*got.tokens, EOS][:2]) for got in drawn]
         first = drawn_probabilities(model, images[0], PROMPTS[0], [], temperature, **cut)
@@ -338,17 +320,10 @@ def test_samples_are_those_of_each_prompt_alone_with_the_models_log_probability(
     model = toy_model(1, quantization="none", **experts)
     images, rows = toy_images(len(PROMPTS)), range(len(PROMPTS))
     options = {"temperature": 1.5, "num_samples": 5}
-
-    def generators(chosen: Sequence[int]) -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(row) for row in chosen]
-
-    together = run(model, PROMPTS, images=images, generators=generators(rows), **options)
+    together = run(model, PROMPTS, images=images, seeds=rows, **options)
     assert len(together) == 5 * len(PROMPTS)
     for row in rows:
-        alone = run(
-            model, [PROMPTS[row]], images=images[row : row + 1], generators=generators([row]),
-            **options,
-        )  # fmt: skip
+        alone = run(model, [PROMPTS[row]], images=images[row : row + 1], seeds=[row], **options)
         for got, one in zip(together[5 * row : 5 * row + 5], alone, strict=True):
             assert got.tokens == one.tokens
             tokens = [*got.tokens, EOS] if got.finished else got.tokens
@@ -359,7 +334,7 @@ def test_samples_are_those_of_each_prompt_alone_with_the_models_log_probability(
 def test_samples_go_on_differing_when_the_interval_is_used_up() -> None:
     drawn = generate(
         toy_model(0), None, [[BOS]], EOS, 28, temperature=30.0, never_ids=[EOS], num_samples=64,
-        generators=[torch.Generator().manual_seed(2)],
+        seeds=[2],
     )  # fmt: skip
     assert len({tuple(got.tokens[18:]) for got in drawn}) == 64
 

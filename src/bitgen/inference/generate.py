@@ -16,6 +16,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from bitgen.inference.answers import Generation, Speculation
@@ -40,6 +42,9 @@ _WORTH_GOING_ON = 0.4
 """Another draft is made where the last one is right with this probability: it costs more than the
 column, and is right less often."""
 
+_NEXT_SEED = np.uint64(0xD1342543DE82EF95)
+"""From the seed of a sample to that of the next."""
+
 
 @torch.inference_mode()
 def generate(
@@ -53,7 +58,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    generators: Sequence[torch.Generator] | None = None,
+    seeds: Sequence[int] | None = None,
     never_ids: Sequence[int] = (),
     vocab_size: int | None = None,
     attention_window: int = 0,
@@ -77,7 +82,8 @@ def generate(
         temperature: divides the logits before sampling; 0 takes the likeliest token.
         top_k: sample among the so many likeliest tokens; 0 among all.
         top_p: sample among the fewest likeliest tokens that hold this probability.
-        generators: one random generator a row, for sampling; None draws seeds from torch's own.
+        seeds: of each row's draws when sampling, the same as the native engine's by the same seed;
+            None draws seeds by torch's generator.
         never_ids: tokens that are never chosen (special tokens other than the end of text).
         vocab_size: ids from here on are never chosen (rows of the embedding without a token).
         attention_window: tokens that each token looks back on, beside the picture and the first
@@ -131,8 +137,8 @@ def generate(
         raise ValueError(f"{len(images)} images, but {len(prompt_ids)} prompts.")
     if graphs is not None and graphs.model is not model:
         raise ValueError("The recorded steps are those of another model.")
-    if generators is not None and len(generators) != len(prompt_ids):
-        raise ValueError(f"{len(generators)} generators, but {len(prompt_ids)} prompts.")
+    if seeds is not None and len(seeds) != len(prompt_ids):
+        raise ValueError(f"{len(seeds)} seeds, but {len(prompt_ids)} prompts.")
     if num_samples < 1 or (num_samples > 1 and temperature == 0):
         raise ValueError(f"{num_samples} samples cannot be drawn at temperature {temperature}.")
 
@@ -164,10 +170,12 @@ def generate(
                 decoder, logits_BV, never_V, eos_id, max_tokens, beam_size, length_penalty
             )
         if temperature > 0:
+            if seeds is None:
+                seeds = torch.randint(2**62, (len(prompt_ids),)).tolist()
+            uniform_NT = torch.from_numpy(_uniform_numbers(seeds, num_samples, max_tokens))
             sampler = _Sampler(
-                temperature, top_k, top_p, generators, len(prompt_ids), max_tokens, never_V.device,
-                num_samples,
-            )  # fmt: skip
+                temperature, top_k, top_p, uniform_NT.to(never_V.device), num_samples
+            )
         else:
             sampler = None
         return _generate_one_by_one(decoder, logits_BV[row_N], never_V, eos_id, max_tokens, sampler)
@@ -237,7 +245,7 @@ def _generate_one_by_one(
         if step > 0:
             logits_BV = decoder.read(tokens_BT[:, step - 1])
         allowed_BV = logits_BV.masked_fill(never_V, -torch.inf)
-        chosen_B = sampler(allowed_BV, step) if sampler else allowed_BV.argmax(dim=-1)
+        chosen_B = sampler(allowed_BV) if sampler else allowed_BV.argmax(dim=-1)
         chosen_B = chosen_B.masked_fill(finished_B, eos_id)
         tokens_BT[:, step] = chosen_B
         chosen_logit_B = logits_BV.gather(1, chosen_B.unsqueeze(1)).squeeze(1)
@@ -402,12 +410,12 @@ def _until(tokens: list[int], eos_id: int) -> list[int]:
 class _Sampler:
     """Draws one token a row from logits `[B, V]`, by inverting the cumulative distribution.
 
-    Each prompt has a generator, and is `num_samples` rows; numbers are drawn ahead, one a step and
-    row. Several rows of a prompt share out the unit interval instead (arithmetic sampling, arXiv
-    2210.15458): each has a number in it, its code, and where it says a token, the token's part of
-    the interval is stretched to the whole. So tokens come as often as their probabilities say, not
-    by luck, and each row is still drawn from the model. Where a row is alone in the interval that
-    is left, it goes on by its own numbers.
+    Each prompt is `num_samples` rows, and each row has its own numbers. Several rows of a prompt
+    share out the unit interval instead (arithmetic sampling, arXiv 2210.15458): each has a number
+    in it, its code, and where it says a token, the token's part of the interval is stretched to the
+    whole. So tokens come as often as their probabilities say, not by luck, and each row is still
+    drawn from the model. Where a row is alone in the interval that is left, it goes on by its own
+    numbers.
     """
 
     def __init__(
@@ -415,27 +423,19 @@ class _Sampler:
         temperature: float,
         top_k: int,
         top_p: float,
-        generators: Sequence[torch.Generator] | None,
-        prompts: int,
-        max_tokens: int,
-        device: torch.device,
+        uniform_NT: torch.Tensor,
         num_samples: int = 1,
     ) -> None:
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-        if generators is None:
-            seeds = torch.randint(2**62, (prompts,)).tolist()
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        shape = num_samples, max_tokens
-        self.uniform_BT = torch.cat(
-            [torch.rand(shape, generator=g, device=g.device).to(device) for g in generators]
-        )
-        shift_B = self.uniform_BT[::num_samples, 0].double()
-        sample_S = torch.arange(num_samples, device=device)
+        self.uniform_NT = uniform_NT
+        self.num_used_N = torch.zeros(len(uniform_NT), dtype=torch.int64, device=uniform_NT.device)
+        shift_B1 = uniform_NT[::num_samples, :1]
+        sample_S = torch.arange(num_samples, device=uniform_NT.device)
         self.num_samples = num_samples
-        self.code_N = ((shift_B.unsqueeze(1) + sample_S) / num_samples).flatten()
+        self.code_N = ((shift_B1 + sample_S) / num_samples).flatten()
         self.width_N = torch.full_like(self.code_N, 1.0 if num_samples > 1 else 0.0)
 
-    def __call__(self, logits_BV: torch.Tensor, step: int) -> torch.Tensor:
+    def __call__(self, logits_BV: torch.Tensor) -> torch.Tensor:
         """Token ids `[B]`. Logits of -inf are never chosen."""
         tokens: torch.Tensor | None = None
         if 0 < self.top_k < logits_BV.shape[1]:
@@ -451,8 +451,9 @@ class _Sampler:
             probability = probability.masked_fill(cumulative - probability >= self.top_p, 0.0)
             cumulative = probability.cumsum(dim=-1)
         total_B1 = cumulative[:, -1:].contiguous()
-        uniform_B = self.uniform_BT[:, step].double()
         is_alone_B = self.width_N * self.num_samples < 1
+        uniform_B = self.uniform_NT.gather(1, self.num_used_N.unsqueeze(1)).squeeze(1)
+        self.num_used_N += is_alone_B
         code_B1 = torch.where(is_alone_B, uniform_B, self.code_N).unsqueeze(1)
         # Below the total even after rounding: the index found has a probability above zero.
         drawn_B1 = torch.minimum(
@@ -464,6 +465,21 @@ class _Sampler:
         self.code_N = ((drawn_B1 - low_B1) / (high_B1 - low_B1)).clamp(max=1.0).squeeze(1)
         self.width_N = self.width_N * ((high_B1 - low_B1) / total_B1).squeeze(1)
         return (index_B1 if tokens is None else tokens.gather(1, index_B1)).squeeze(1)
+
+
+def _uniform_numbers(seeds: Sequence[int], num_samples: int, count: int) -> npt.NDArray[np.float64]:
+    """float64 `[N, count]`, in [0, 1): SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), 24 bits.
+
+    As the native engine draws: a sample's seed is its prompt's and so many times `_NEXT_SEED`.
+    """
+    sample_S = np.arange(num_samples, dtype=np.uint64)
+    step_T = np.arange(1, count + 1, dtype=np.uint64)
+    seed_B = np.array([seed % 2**64 for seed in seeds], dtype=np.uint64)
+    seed_N = (seed_B[:, None] + sample_S * _NEXT_SEED).ravel()
+    bits_NT = seed_N[:, None] + step_T * np.uint64(0x9E3779B97F4A7C15)
+    bits_NT = (bits_NT ^ (bits_NT >> 30)) * np.uint64(0xBF58476D1CE4E5B9)
+    bits_NT = (bits_NT ^ (bits_NT >> 27)) * np.uint64(0x94D049BB133111EB)
+    return ((bits_NT ^ (bits_NT >> 31)) >> 40) / 2**24
 
 
 def _beam_search(

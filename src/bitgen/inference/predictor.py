@@ -291,8 +291,8 @@ class BitGen:
             top_k: draw among the so many likeliest tokens; 0 among all.
             top_p: draw among the fewest likeliest tokens that hold this probability.
             seed: of the draws. Each picture starts from it, so that its caption does not depend on
-                the pictures beside it; None draws differently each time. The two backends draw
-                different words from the same seed.
+                the pictures beside it; None draws differently each time. Both backends draw the
+                same words from a seed.
             max_tokens: most tokens generated a picture.
             batch_size: pictures at a time.
             length_penalty: see `bitgen.inference.generate.generate`.

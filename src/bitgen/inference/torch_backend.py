@@ -65,9 +65,7 @@ class TorchBackend:
     def _generations(
         self, batch: Sequence[Request], vocabulary: Vocabulary, options: CaptionOptions
     ) -> list[Generation]:
-        generators = None
-        if options.drawing_seed is not None and options.drawing_temperature > 0:
-            generators = [torch.Generator().manual_seed(options.drawing_seed) for _ in batch]
+        seed = options.drawing_seed
         drawn = generate(
             self.model,
             self._images([request.pixels_3SS for request in batch]),
@@ -79,7 +77,7 @@ class TorchBackend:
             temperature=options.drawing_temperature,
             top_k=options.top_k,
             top_p=options.top_p,
-            generators=generators,
+            seeds=None if seed is None else [seed] * len(batch),
             never_ids=vocabulary.never_ids,
             vocab_size=vocabulary.size,
             attention_window=options.attention_window,
