@@ -2,18 +2,18 @@
 
     python benchmarks/native_equality.py --model tiny.safetensors --images data/coco/val2017
 
-Both backends caption the same pictures from the same file, greedily and by beam search. Without
---model, a model with random weights is taken.
+Both backends caption the same pictures from the same file: greedily, by beam search, and by a
+consensus of captions that are drawn by the same random numbers. Without --model, a model with
+random weights is taken.
 
 Both compute the same integers; sums of floats are added in another order, and where a value stands
 next to the border between two int8 steps, that decides. What such roundings can do is shown by
 PyTorch itself: it captions the pictures once more in float64, which changes nothing else.
 
 For each greedy caption that differs, PyTorch reads picture and words up to the first difference:
-the margin is by how much it prefers its own next token, in logits. For a caption of beam search it
-is by how much PyTorch scores its own hypothesis higher (log-probability / length ** penalty).
-
-What beam search drops on its way may stand closer to what it keeps than the hypotheses at the end.
+the margin is by how much it prefers its own next token, in logits. For other captions it is by how
+much PyTorch scores its own higher (log-probability / length). What beam search drops on its way may
+stand closer to what it keeps than the hypotheses at the end; a consensus does not rank by it.
 
 Fails if a greedy caption differs by more than --largest_margin standard deviations of the logits,
 or if more captions differ than twice as many as in float64, and five.
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class Difference:
     position: int
     """Generated tokens that are the same before the first that differs."""
     margin: float
-    """By how much PyTorch prefers its own: logits, or scores of hypotheses in beam search."""
+    """By how much PyTorch prefers its own: logits of greedy captions, scores of others."""
     spread: float
     """Standard deviation of PyTorch's logits where the captions part."""
     torch: str
@@ -77,16 +77,19 @@ def main() -> int:
         native = BitGen.load(artifact, device="cpu", backend="native", threads=arguments.threads)
         exact = BitGen.load(artifact, device="cpu", backend="torch")
     convert(exact, torch.float64)
-    searches = {"greedy": 1, f"beam {arguments.beam_size}": arguments.beam_size}
+    searches = {"greedy": {"beam_size": 1}}
+    for name in ("beam_size", "consensus"):
+        if count := getattr(arguments, name):
+            searches[f"{name.replace('_', ' ')} {count}"] = {name: count}
     found: dict[str, Comparison] = {}
     as_float64: dict[str, int] = {}
     failures = []
-    for search, beam_size in searches.items():
+    for search, options in searches.items():
         expected, by_native, by_float64 = (
             caption(
                 model,
                 images,
-                beam_size,
+                options,
                 arguments.batch_size,
                 arguments.max_tokens,
                 f"{search}, {name}",
@@ -96,7 +99,7 @@ def main() -> int:
             )
         )  # fmt: skip
         comparison, yardstick = (
-            compare(reference, images, expected, captions, arguments.max_tokens, beam_size)
+            compare(reference, images, expected, captions, arguments.max_tokens, search == "greedy")
             for captions in (by_native, by_float64)
         )
         found[f"{search}: native"], found[f"{search}: PyTorch, float64"] = comparison, yardstick
@@ -107,7 +110,7 @@ def main() -> int:
         allowed = 2 * len(yardstick.differences) + ALLOWED_BY_CHANCE
         if len(comparison.differences) > allowed:
             failures.append(f"{search}: {len(comparison.differences)} native captions differ.")
-        if beam_size == 1:
+        if search == "greedy":
             failures += [
                 f"{search}: {d.image} differs by {d.margin:.4f}; logits spread by {d.spread:.4f}."
                 for d in comparison.differences
@@ -155,7 +158,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=Path, required=True, metavar="DIR")
     parser.add_argument("--num_images", type=int, default=500)
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--beam_size", type=int, default=3)
+    parser.add_argument("--beam_size", type=int, default=5, help="0 leaves beams out")
+    parser.add_argument("--consensus", type=int, default=64, help="0 leaves it out")
     parser.add_argument("--max_tokens", type=int, default=40)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--largest_margin", type=float, default=0.1)
@@ -165,7 +169,7 @@ def read_arguments() -> argparse.Namespace:
 def caption(
     model: BitGen,
     images: Sequence[Path],
-    beam_size: int,
+    options: Mapping[str, int],
     batch_size: int,
     max_tokens: int,
     activity: str,
@@ -177,9 +181,9 @@ def caption(
         for start in range(0, len(images), step):
             captions += model.caption(
                 images[start : start + step],
-                beam_size=beam_size,
                 max_tokens=max_tokens,
                 batch_size=batch_size,
+                **options,
             )
             bar.update(len(captions), len(images))
     return captions
@@ -191,7 +195,7 @@ def compare(
     expected: Sequence[Caption],
     captions: Sequence[Caption],
     max_tokens: int,
-    beam_size: int = 1,
+    is_greedy: bool = True,
 ) -> Comparison:
     """How many captions are the same in every token, and by what margin the others differ.
 
@@ -201,7 +205,7 @@ def compare(
         expected: its captions.
         captions: the other's.
         max_tokens: most tokens of both.
-        beam_size: 1 for greedy captions: margins are then of single tokens.
+        is_greedy: margins are of single tokens, not of whole captions.
     """
     differences, gap = [], 0.0
     for image, own, other in zip(images, expected, captions, strict=True):
@@ -216,7 +220,7 @@ def compare(
         pairs = enumerate(zip(own_ids, other_ids, strict=False))
         position = next(index for index, pair in pairs if pair[0] != pair[1])
         logits_own = _logits(reference, image, own_ids)
-        if beam_size == 1:
+        if is_greedy:
             logits_V = logits_own[position]
             margin = float(logits_V[own_ids[position]] - logits_V[other_ids[position]])
         else:
