@@ -46,6 +46,8 @@ const bitgen_generator_options& checked(const Model& model, const bitgen_generat
   return o;
 }
 
+constexpr size_t kWeightBlock = 128;
+
 // From the seed of a sample to that of the next: odd, and no multiple of SplitMix64's own step.
 constexpr uint64_t kNextSeed = 0xd1342543de82ef95u;
 
@@ -55,6 +57,18 @@ float next_uniform(uint64_t& state) {
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
   z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
   return static_cast<float>((z ^ (z >> 31)) >> 40) * 0x1p-24f;
+}
+
+// Their sum; eight at a time, since each addition waits for the one before it.
+double sum_of(const float* weights, size_t count) {
+  double sums[8] = {}, total = 0.0;
+  size_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    for (size_t j = 0; j < 8; ++j) sums[j] += weights[i + j];
+  }
+  for (; i < count; ++i) total += weights[i];
+  for (const double sum : sums) total += sum;
+  return total;
 }
 
 }  // namespace
@@ -332,7 +346,8 @@ void Generator::top_tokens(int64_t row, int64_t count) {
   }
 }
 
-// cumulative_ = running sums of exp(logit / temperature) of the tokens that may be drawn of a row.
+// cumulative_ = running sums of exp(logit / temperature) of the tokens that may be drawn of a row:
+// after each of top_, or, where all may be drawn, after each kWeightBlock of the vocabulary.
 void Generator::weigh(int64_t row) {
   const float* logits = logits_.data() + row * vocabulary_;
   const float largest = logits[likeliest(row)];
@@ -344,8 +359,11 @@ void Generator::weigh(int64_t row) {
   if (!is_cut) {
     // The whole vocabulary in its own order; what may not be chosen weighs nothing.
     model_.operators().exp_shifted(logits, largest, temperature, vocabulary_, weights_.data());
-    for (int64_t i = 0; i < vocabulary_; ++i) {
-      if (added_[i] == 0.0f) total += weights_[static_cast<size_t>(i)];
+    for (size_t i = 0; i < weights_.size(); ++i) {
+      if (added_[static_cast<int64_t>(i)] != 0.0f) weights_[i] = 0.0f;
+    }
+    for (size_t i = 0; i < weights_.size(); i += kWeightBlock) {
+      total += sum_of(&weights_[i], std::min(kWeightBlock, weights_.size() - i));
       cumulative_.push_back(total);
     }
     if (draws_from_all()) return;
@@ -384,10 +402,21 @@ int32_t Generator::draw(int64_t row, Sample& sample) {
   if (found == cumulative_.end()) {  // by rounding: the last that weighs anything
     found = std::lower_bound(cumulative_.begin(), cumulative_.end(), total);
   }
-  const auto index = static_cast<size_t>(found - cumulative_.begin());
-  const double low = index == 0 ? 0.0 : cumulative_[index - 1];
-  sample.code = std::min((drawn - low) / (*found - low), 1.0);
-  sample.width *= (*found - low) / total;
+  auto index = static_cast<size_t>(found - cumulative_.begin());
+  double low = index == 0 ? 0.0 : cumulative_[index - 1], high = *found;
+  if (draws_from_all()) {  // which token of the block
+    const size_t begin = index * kWeightBlock;
+    const size_t end = std::min(begin + kWeightBlock, weights_.size());
+    high = low;
+    for (size_t i = begin; i < end && high <= drawn; ++i) {
+      if (weights_[i] == 0.0f) continue;
+      index = i;
+      low = high;
+      high += weights_[i];
+    }
+  }
+  sample.code = std::min((drawn - low) / (high - low), 1.0);
+  sample.width *= (high - low) / total;
   return draws_from_all() ? static_cast<int32_t>(index) : top_[index];
 }
 

@@ -112,7 +112,7 @@ class Generator {
   std::vector<Candidate> candidates_;
   std::vector<int32_t> top_;
   // Of the row that tokens were last drawn from: running sums of the weights of the tokens that may
-  // be drawn, which are those of top_, or the whole vocabulary.
+  // be drawn, which are those of top_, or the whole vocabulary, a block of it at a time.
   int64_t weighed_row_ = -1;
   std::vector<double> cumulative_;
   std::vector<float> weights_;
