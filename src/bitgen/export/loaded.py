@@ -52,7 +52,7 @@ def load_run(path: Path | str, packed: bool = True) -> LoadedModel:
     """
     run = open_run(path)
     tensors = read_tensors(run.model_path)
-    model = empty_model(run.config, packed=False)
+    model = empty_model(run.config)
     # A file's tensors begin at any address, and kernels sum in another order where that is not the
     # usual alignment: only copies make a run and its artifact compute the same bits.
     assign_tensors(model, {name: t.clone() for name, t in tensors.items()}, run.model_path)
@@ -64,8 +64,10 @@ def load_run(path: Path | str, packed: bool = True) -> LoadedModel:
     )
 
 
-def empty_model(config: BitGenConfig, packed: bool, embedding: str = "float32") -> BitGenModel:
-    """The model of `config`, every tensor of which is to be assigned: with `vit`, without storage.
+def empty_model(
+    config: BitGenConfig, packed: bool = False, embedding: str = "float32"
+) -> BitGenModel:
+    """The model of `config` for its shapes, or to assign tensors to: with `vit`, without storage.
 
     Args:
         config: the architecture.

@@ -23,6 +23,7 @@ from bitgen.dataset.images import ImageCache, default_cache_dir
 from bitgen.dataset.plan_grammar import PlanFormat
 from bitgen.dataset.tokenizer import Tokenizer
 from bitgen.errors import InputError
+from bitgen.export.loaded import empty_model
 from bitgen.model.bitgen import BitGenModel
 from bitgen.model.device import resolve_device
 from bitgen.model.encoders import make_image_encoder
@@ -35,7 +36,6 @@ from bitgen.training.rehearsal import (
     batch_tensors,
     empty_pictures,
     make_batch,
-    model_of_shapes,
     rehearse_without_memory,
 )
 from bitgen.training.setup import (
@@ -168,7 +168,7 @@ def estimate_memory(
 
 def _data_bytes(config: BitGenConfig, training: TrainingConfig, shape: BatchShape) -> int:
     """Batches on the host: those of one update, and two that each worker holds ready."""
-    pictures = empty_pictures(model_of_shapes(config), training, rows=1)
+    pictures = empty_pictures(empty_model(config), training, rows=1)
     batch = make_batch(config, replace(shape, rows=1), pictures)
     row = sum(tensor.nbytes for tensor in batch_tensors(batch))
     return row * shape.rows * (training.grad_accumulation + 2 * training.num_workers)
@@ -395,7 +395,7 @@ def estimate_training(
     cache = ImageCache(default_cache_dir(), config.image_size, config.image_resize)
     sets = make_datasets(data, cache, tokenizer, config, training)  # they count in the process
     shape = largest_batch(data, tokenizer, training)
-    model = model_of_shapes(config)
+    model = empty_model(config)
     parts = part_sizes(model)
     memory = estimate_memory(config, training, shape)
     free = free_bytes(device)

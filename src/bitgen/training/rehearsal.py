@@ -11,7 +11,6 @@ import dataclasses
 import math
 import weakref
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bitgen.config import BitGenConfig, TrainingConfig
 from bitgen.dataset.collate import IGNORED_LABEL, LENGTH_STEP, Batch
 from bitgen.dataset.features import FEATURE_DTYPE, caches_features
+from bitgen.export.loaded import empty_model
 from bitgen.model.bitgen import BitGenModel
-from bitgen.model.device import without_storage
 from bitgen.training.allocator import LARGEST_IN_HEAP
 from bitgen.training.gradients import GradientBuffers
 from bitgen.training.objective import Objective
@@ -238,13 +237,6 @@ def make_fake(model: nn.Module, fake_mode: Any, device: torch.device) -> None:
             setattr(module, name, fake(buffer))
 
 
-def model_of_shapes(config: BitGenConfig) -> BitGenModel:
-    """The model of `config` for its shapes alone: with `vit` without storage (device meta)."""
-    # Some encoders of others read their own weights while they are made.
-    with without_storage() if config.image_encoder == "vit" else nullcontext():
-        return BitGenModel(config)
-
-
 class Rehearsal:
     """A model with all that the trainer keeps beside it, and updates as the trainer makes them."""
 
@@ -334,7 +326,7 @@ def rehearse_without_memory(
 
     # What the model reads (masks, lengths) stays real, and meets fake tensors in operations.
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    model = model_of_shapes(config)
+    model = empty_model(config)
     with fake_mode:
         pictures = empty_pictures(model, training, shape.rows)
     batch = make_batch(config, shape, pictures)
