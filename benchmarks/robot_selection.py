@@ -342,7 +342,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.tower or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        tokenizer, towers = _towers(folder, options, [*shipped, *(of_data or [])])
+        texts = [task.task for task in further]
+        texts += [robot.text() for robot in [*shipped, *(of_data or [])]]
+        tokenizer, towers = _towers(folder, options, texts)
         ours = Ours(tokenizer, options.num_epochs, Path(temporary))
         print(f"\n{FOLDS}-fold cross-validation{'':18} exact match     macro F1")
         results = _compare(ours, towers, tasks, further, own_first, catalogs, options)
@@ -363,9 +365,9 @@ def main() -> None:
 
 
 def _towers(
-    folder: Path, options: argparse.Namespace, robots: Sequence[Robot]
+    folder: Path, options: argparse.Namespace, texts: Sequence[str]
 ) -> tuple[Tokenizer, dict[str, dict[str, torch.Tensor]]]:
-    """The tokenizer, and a pretrained tower for each quantization."""
+    """The tokenizer, of captions and texts, and a pretrained tower for each quantization."""
     captions: list[str] = []
     if options.coco_data:
         images = load_coco(options.coco_data, "train")
@@ -374,7 +376,7 @@ def _towers(
     if tokenizer_file.is_file():
         tokenizer = Tokenizer.load(tokenizer_file)
     else:
-        tokenizer = Tokenizer.train([*captions, *(robot.text() for robot in robots)], 4096)
+        tokenizer = Tokenizer.train([*captions, *texts], 4096)
         tokenizer_file.write_text(tokenizer.to_json(), encoding="utf-8")
     towers = {}
     for quantization in ("ternary", "none"):

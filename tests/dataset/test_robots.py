@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from bitgen import shipped
 from bitgen.dataset.robots import (
     Robot,
     RobotTask,
-    SharedWords,
     catalog_from_json,
     catalog_to_json,
     load_catalog,
@@ -221,18 +219,6 @@ def test_split_does_not_depend_on_where_the_pictures_lie() -> None:
         ]
         sides.append([task.image.name for task in split_tasks(tasks)[1] if task.image])
     assert sides[0] == sides[1] and sides[0]
-
-
-def test_shared_words_weigh_by_how_few_texts_hold_them() -> None:
-    texts = ["Drone. flies over roofs, films", "Diver. swims, films wrecks", "Digger. digs a hole"]
-    shared = SharedWords(texts)
-    assert shared.evidence("Film it.", texts[0]) == 0  # whole words alone
-    assert shared.evidence("FILMS, films; a roof", texts[0]) == pytest.approx(math.log(4 / 3))
-    assert shared.evidence("it swims and films", texts[1]) == pytest.approx(
-        math.log(4 / 2) + math.log(4 / 3)
-    )
-    assert shared.evidence("a", texts[2]) == 0  # too short to say anything
-    assert SharedWords(["robot one", "robot two"]).evidence("robot", "robot one") == 0
 
 
 def test_varied_texts_keep_some_phrases_of_each_list_and_at_times_the_name() -> None:

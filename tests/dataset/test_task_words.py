@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from bitgen.config import BitGenConfig
-from bitgen.dataset.robots import RobotTask
+from bitgen.dataset.robots import Robot, RobotTask
 from bitgen.dataset.task_words import (
+    NEW_ROBOT_WEIGHTS,
     TASK_WORD_BINS,
+    TaskParts,
     TaskWords,
     inverse_document_frequencies,
+    new_robot_features,
+    new_robot_log_odds,
     pooled_log_odds,
     robot_sets,
     set_numbers,
@@ -111,3 +116,38 @@ def test_pooled_log_odds_are_a_weighted_mean_with_the_selector_at_its_temperatur
     assert pooled_log_odds(6.0, 1.0, 3.0, 0.0) == 2.0
     assert pooled_log_odds(6.0, 1.0, 3.0, 1.0) == 1.0
     assert pooled_log_odds(6.0, 1.0, 3.0, 0.25) == 1.75
+
+
+def test_likeness_is_the_cosine_of_both_texts_in_tfidf() -> None:
+    idf_D = 1 + np.random.default_rng(0).random(512)
+
+    def vector(text: str) -> np.ndarray:
+        vector_D = np.zeros(512)
+        for found, count in word_parts(text, 512).items():
+            vector_D[found] = count * idf_D[found]
+        return vector_D / np.linalg.norm(vector_D)
+
+    task = "Milk the cows, then clean the barn."
+    parts = TaskParts(task, idf_D)
+    for text in ("Milker. capabilities: milks cows.", "cows cows barn", task, "xylophone"):
+        assert parts.likeness(text) == pytest.approx(vector(task) @ vector(text))
+    assert parts.likeness(task) == pytest.approx(1)
+    assert parts.likeness("") == TaskParts("", idf_D).likeness(task) == 0
+
+
+def test_a_new_robot_is_judged_by_what_it_can_do_and_by_those_that_were_trained_on() -> None:
+    idf_D = np.ones(TASK_WORD_BINS)
+    milker = Robot("Milker", ("milks cows", "cleans udders"), ("fears water",), ("barns",))
+    parts = TaskParts("Milk the cow.", idf_D)
+    features = new_robot_features(parts, milker.text(), selector=0.5, trained=-1.5)
+    # Its limitations do not count, and of its phrases the most similar one does.
+    harmless = replace(milker, limitations=("milks cows badly", "milk")).text()
+    assert new_robot_features(parts, harmless, 0.5, -1.5) == features
+    assert features[1] == parts.likeness("milks cows") > features[0] > 0
+    assert features[2:] == (0.5, -1.5, 1.0)
+    log_odds = new_robot_log_odds(parts, milker.text(), 0.5, -1.5)
+    assert log_odds == pytest.approx(np.dot(NEW_ROBOT_WEIGHTS, features))
+    # Another task, or a robot that surely suits, speaks against it.
+    assert new_robot_log_odds(TaskParts("Swim.", idf_D), milker.text(), 0.5, -1.5) < log_odds
+    assert new_robot_log_odds(parts, milker.text(), 0.5, 6.0) < log_odds
+    assert new_robot_features(parts, "", 0.0, 0.0)[:2] == (0.0, 0.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,13 @@ import torch
 from PIL import Image
 
 from bitgen.dataset.robots import Robot, catalog_to_json, load_catalog
-from bitgen.dataset.task_words import TaskWords
+from bitgen.dataset.task_words import (
+    NEW_ROBOT_WEIGHTS,
+    TASK_WORD_BINS,
+    TaskParts,
+    TaskWords,
+    new_robot_log_odds,
+)
 from bitgen.errors import BitGenError, ImageError, InputError, ModelFileError
 from bitgen.export.safetensors import export_safetensors
 from bitgen.inference.predictor import BitGen
@@ -365,10 +370,10 @@ def test_the_threshold_that_validation_found_goes_with_run_and_artifact(
         model.robot_threshold = -0.1
 
 
-def test_log_odds_are_logits_at_the_temperature_and_shared_words_of_unknown_robots(
+def test_log_odds_are_logits_at_the_temperature_and_the_likeness_of_new_robots(
     make_run: MakeRun,
 ) -> None:
-    """The same model under two temperatures tells the logits; the shared words stay as they are."""
+    """The same model under two temperatures tells the logits."""
     catalog = [
         load_catalog()[0],
         Robot("Mole", ("digs tunnels",), (), ("soil",)),
@@ -377,24 +382,37 @@ def test_log_odds_are_logits_at_the_temperature_and_shared_words_of_unknown_robo
     model = BitGen.load(make_run(), device="cpu")
     task = "dig tunnels through the soil and look around"
 
-    def log_odds(temperature: float) -> np.ndarray:
+    def log_odds(temperature: float, robots: list[Robot]) -> np.ndarray:
         again = BitGen(
             model.model,
             model.tokenizer,
             model.catalog,
             info={"robot_temperature": temperature},
         )
-        found = {c.name: c.probability for c in again.select_robots(task, catalog=catalog)}
-        odds = np.array([found[robot.name] for robot in catalog])
-        values: np.ndarray = np.log(odds / (1 - odds))
-        return values
+        return log_odds_of(again, task, robots)
 
-    one, two = log_odds(1.0), log_odds(2.0)
-    # one = logits + words, two = logits / 2 + words; "tunnels" is in one of three texts, "soil" in
-    # two, and the first robot was trained on.
-    shared = [0.0, math.log(4 / 2) + math.log(4 / 3), math.log(4 / 3)]
-    assert 2 * two - one == pytest.approx(shared, abs=1e-4)
-    assert np.abs(one - two).max() > 0.01
+    parts = TaskParts(task, np.ones(TASK_WORD_BINS))
+    *_, selector_weight, trained_weight, _ = NEW_ROBOT_WEIGHTS
+    logit = log_odds(1.0, catalog)[0]
+    assert log_odds(2.0, catalog)[0] == pytest.approx(logit / 2, abs=1e-4)
+    for robots, trained in ((catalog, logit), (catalog[1:], 0.0)):  # with a trained one, without
+        one, two = (log_odds(temperature, robots)[-2:] for temperature in (1.0, 2.0))
+        if trained:
+            two += trained_weight * (trained - trained / 2)
+        selector = (one - two) / (selector_weight / 2)
+        expected = [
+            new_robot_log_odds(parts, robot.text(), value, trained)
+            for robot, value in zip(catalog[1:], selector, strict=True)
+        ]
+        assert one == pytest.approx(expected, abs=1e-3)
+        assert np.abs(one - two).max() > 1e-3
+
+
+def log_odds_of(model: BitGen, task: str, catalog: list[Robot]) -> np.ndarray:
+    found = {c.name: c.probability for c in model.select_robots(task, catalog=catalog)}
+    odds = np.array([found[robot.name] for robot in catalog])
+    values: np.ndarray = np.log(odds / (1 - odds))
+    return values
 
 
 def test_words_of_tasks_weigh_beside_the_selector_for_robots_that_were_trained_on(
@@ -412,10 +430,7 @@ def test_words_of_tasks_weigh_beside_the_selector_for_robots_that_were_trained_o
     assert words is not None
 
     def log_odds(model: BitGen) -> np.ndarray:
-        found = {c.name: c.probability for c in model.select_robots(task, catalog=[*known, new])}
-        odds = np.array([found[robot.name] for robot in [*known, new]])
-        values: np.ndarray = np.log(odds / (1 - odds))
-        return values
+        return log_odds_of(model, task, [*known, new])
 
     with_words = log_odds(torch_model)
     alone = log_odds(
@@ -427,7 +442,10 @@ def test_words_of_tasks_weigh_beside_the_selector_for_robots_that_were_trained_o
         )
     )
     expected = 0.75 * alone[:2] + 0.25 * words.log_odds([task])[0]
-    np.testing.assert_allclose(with_words, [*expected, alone[2]], atol=1e-4)
+    # Of the new robot, words say how sure the two others are.
+    surer = max(expected) - max(alone[:2])
+    expected = [*expected, alone[2] + NEW_ROBOT_WEIGHTS[3] * surer]
+    np.testing.assert_allclose(with_words, expected, atol=1e-4)
     assert np.abs(with_words - alone)[:2].max() > 0.01
     for backend in ("torch", "native"):
         if backend == "native" and not library.is_usable():

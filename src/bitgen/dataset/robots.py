@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
 
 _TASK_PREFIX = "task:"
 _NAME_DROPOUT = 0.3
-_WORD = re.compile(r"\w+")
-_SHORTEST_WORD = 3
 _PHRASES = ("capabilities", "limitations", "environments")
 
 
@@ -78,27 +74,6 @@ class RobotTask:
     task: str
     robots: tuple[str, ...]
     image: Path | None = None
-
-
-class SharedWords:
-    """What the words that a task shares with a robot's text say for that robot, in log odds.
-
-    A shared word weighs its inverse document frequency among the catalog's texts,
-    `ln((1 + R) / (1 + n))` for a word of n of R texts, as in lexical retrieval: what is said of
-    every robot weighs nothing.
-    """
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        """`texts` are those of the whole catalog."""
-        self._num_texts = len(texts)
-        self._counts = Counter(word for text in texts for word in _words(text))
-
-    def evidence(self, task: str, text: str) -> float:
-        """At least 0; `text` may be of any robot, or a part of one's text."""
-        return sum(
-            math.log((1 + self._num_texts) / (1 + self._counts[word]))
-            for word in sorted(_words(task) & _words(text))
-        )
 
 
 class _Task(Protocol):
@@ -326,10 +301,6 @@ def match_name(name: str, where: str, catalog: Sequence[Robot]) -> str:
 
 def _non_empty(names: Iterable[str]) -> list[str]:
     return [name.strip() for name in names if name.strip()]
-
-
-def _words(text: str) -> set[str]:
-    return {word for word in _WORD.findall(text.casefold()) if len(word) >= _SHORTEST_WORD}
 
 
 def text_key(text: str) -> str:

@@ -5,7 +5,8 @@
 A few hundred tasks teach a linear model of words more than a network. It knows the sets of robots
 that its tasks named (a label powerset: Tsoumakas and Vlahavas, ECML 2007), so it learns which
 robots go together. It says nothing of pictures, nor of robots that it has not seen; what it says
-and what the robot selector says are pooled (`pooled_log_odds`).
+and what the robot selector says are pooled (`pooled_log_odds`). For a robot that it has not seen,
+what task and robot's text have in common counts instead (`new_robot_log_odds`).
 
 Parts are those of 3 to 5 characters of each word with a space on either side, so that "swim",
 "swimming" and "swimmer" share most. They are hashed into D bins, so that no list of them is kept.
@@ -163,3 +164,56 @@ def pooled_log_odds(
     both, `word_weight` of it the words', is the logarithmic opinion pool (Genest and Zidek, 1986).
     """
     return (1 - word_weight) * (selector / temperature) + word_weight * words
+
+
+NEW_ROBOT_WEIGHTS = (18.0, 10.0, 0.1, -0.9, -2.9)
+"""Of `new_robot_features`, the last for the constant 1: fitted by benchmarks/new_robots.py."""
+_LIMITATIONS = re.compile(r"limitations:[^.]*\.?")
+_BETWEEN_PHRASES = re.compile(r"[.,:]")
+
+
+class TaskParts:
+    """A task's parts of words, to be compared with those of robots' texts."""
+
+    def __init__(self, task: str, idf_D: Floats) -> None:
+        """`idf_D`: of the tasks that a model was trained on, so that what is rare there counts."""
+        self._idf_D = idf_D.astype(np.float64)
+        self._weights = self._weigh(task)
+
+    def likeness(self, text: str) -> float:
+        """Cosine of the two in TF-IDF, 0 to 1."""
+        return sum(
+            weight * self._weights[found]
+            for found, weight in self._weigh(text).items()
+            if found in self._weights
+        )
+
+    def _weigh(self, text: str) -> dict[int, float]:
+        bins, weights = tfidf(word_parts(text, len(self._idf_D)), self._idf_D)
+        return dict(zip(bins.tolist(), weights.tolist(), strict=True))
+
+
+def new_robot_features(
+    parts: TaskParts, text: str, selector: float, trained: float
+) -> tuple[float, float, float, float, float]:
+    """What tells whether a robot that was not trained on suits a task; the last is 1.
+
+    Args:
+        parts: of the task.
+        text: the robot's, in the form of `Robot.text`. Its limitations do not speak for it.
+        selector: what the robot selector says of the text, in log odds.
+        trained: the highest log odds of the catalog's robots that were trained on: where one of
+            them surely suits, another is seldom wanted. 0 where there is none.
+
+    Returns:
+        Likeness of task and text, that of the text's most similar phrase, `selector`, `trained`, 1.
+    """
+    said = _LIMITATIONS.sub("", text)
+    phrases = _BETWEEN_PHRASES.split(said)
+    return parts.likeness(said), max(map(parts.likeness, phrases)), selector, trained, 1.0
+
+
+def new_robot_log_odds(parts: TaskParts, text: str, selector: float, trained: float) -> float:
+    """Log odds that a robot that was not trained on suits a task; see `new_robot_features`."""
+    features = new_robot_features(parts, text, selector, trained)
+    return sum(w * f for w, f in zip(NEW_ROBOT_WEIGHTS, features, strict=True))

@@ -16,7 +16,7 @@ import contextlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +26,13 @@ import numpy as np
 from bitgen.config import DEVICES, BitGenConfig
 from bitgen.dataset.plan_grammar import PlanFormat, PlanGrammar, PlanLimits
 from bitgen.dataset.plans import Subtask
-from bitgen.dataset.robots import Robot, SharedWords, chosen_robots, load_catalog
-from bitgen.dataset.task_words import pooled_log_odds
+from bitgen.dataset.robots import Robot, chosen_robots, load_catalog
+from bitgen.dataset.task_words import (
+    TASK_WORD_BINS,
+    TaskParts,
+    new_robot_log_odds,
+    pooled_log_odds,
+)
 from bitgen.dataset.tokenizer import Tokenizer, tidy_sentence
 from bitgen.errors import ImageError, InputError
 from bitgen.inference.answers import Answer, Caption, Generation, Picture, RobotChoice
@@ -75,13 +80,13 @@ class _Described:
 
     names: tuple[str, ...]
     texts: tuple[str, ...]
-    shared: SharedWords
-    """Of the whole catalog, also where `texts` are variants of some."""
+    trained_log_odds: float | None = None
+    """Highest of the catalog's robots that were trained on, where `texts` are variants of some."""
 
     @classmethod
     def of(cls, robots: Sequence[Robot]) -> _Described:
         texts = tuple(robot.text() for robot in robots)
-        return cls(tuple(robot.name for robot in robots), texts, SharedWords(texts))
+        return cls(tuple(robot.name for robot in robots), texts)
 
 
 class BitGen:
@@ -610,6 +615,8 @@ class BitGen:
                 pixels_3SS = _next_pixels(decoded)
         assert pixels_3SS is None or isinstance(pixels_3SS, np.ndarray)
         (whole_ids,) = self._task_ids([task], has_pictures=pixels_3SS is not None)
+        logits_R = backend.robot_logits([whole_ids], [pixels_3SS], texts)[0]
+        trained = self._highest_trained(self._log_odds(logits_R, task, described), described.names)
 
         def score_tasks(tasks: Sequence[str], pixels: Sequence[np.ndarray | None]) -> np.ndarray:
             ids = [self.tokenizer.encode_task(words) for words in tasks]
@@ -643,7 +650,7 @@ class BitGen:
                     for start in range(0, len(ids), batch_size)
                 ]
             )
-            variants = replace(described, names=tuple(names), texts=tuple(words))
+            variants = _Described(tuple(names), tuple(words), trained)
             return self._log_odds(logits_N, task, variants)
 
         return explain(
@@ -693,7 +700,7 @@ class BitGen:
         """float64 `[N]`: how likely each of N robots suits, from the model's logits.
 
         Of robots that were trained on the task's words have a say, learnt with them. One that was
-        not has no bias of its own; the words that its text shares with the task stand in for it.
+        not has no bias of its own; what its text and the task have in common stands in for it.
         """
         by_words: dict[str, float] = {}
         words = self._backend_for(CaptionOptions()).task_words
@@ -702,16 +709,29 @@ class BitGen:
                 zip(self.config.robot_names, words.log_odds([task])[0].tolist(), strict=True)
             )
 
-        def log_odds(name: str, text: str, logit: float) -> float:
+        def log_odds(name: str, logit: float) -> float:
             if name in by_words:
                 return pooled_log_odds(
                     logit, by_words[name], self._robot_temperature, self._robot_word_weight
                 )
-            is_new = name not in self._trained_robots
-            evidence = robots.shared.evidence(task, text) if is_new else 0.0
-            return logit / self._robot_temperature + evidence
+            return logit / self._robot_temperature
 
-        return np.array(list(map(log_odds, robots.names, robots.texts, logits_N.tolist())))
+        log_odds_N = np.array(list(map(log_odds, robots.names, logits_N.tolist())))
+        trained = robots.trained_log_odds
+        if trained is None:
+            trained = self._highest_trained(log_odds_N, robots.names)
+        parts = TaskParts(task, np.ones(TASK_WORD_BINS) if words is None else words.idf_D)
+        for index, (name, text) in enumerate(zip(robots.names, robots.texts, strict=True)):
+            if name not in self._trained_robots:
+                log_odds_N[index] = new_robot_log_odds(
+                    parts, text, float(log_odds_N[index]), trained
+                )
+        return log_odds_N
+
+    def _highest_trained(self, log_odds_N: np.ndarray, names: Sequence[str]) -> float:
+        """Of robots that were trained on; 0 where there is none."""
+        pairs = zip(names, log_odds_N.tolist(), strict=True)
+        return max((value for name, value in pairs if name in self._trained_robots), default=0.0)
 
     def _backend_for(self, options: CaptionOptions) -> Backend:
         """The native engine, unless there is none or it cannot do this."""
