@@ -57,8 +57,7 @@ def main() -> int:
     parser.add_argument("--model", default="shipped", metavar="RUN_OR_FILE")
     parser.add_argument("--fit", action="store_true", help="fit the weights anew; changes nothing")
     arguments = parser.parse_args()
-    source = shipped_file("model/tiny.safetensors") if arguments.model == "shipped" else None
-    bitgen = BitGen.load(source or arguments.model, device="cpu")
+    bitgen = BitGen.load(arguments.model, device="cpu")
     halves = [read_half(bitgen, number) for number in HALVES]
     rows, figures = [], []
     for number, half in zip(HALVES, halves, strict=True):

@@ -717,15 +717,17 @@ class BitGen:
             return logit / self._robot_temperature
 
         log_odds_N = np.array(list(map(log_odds, robots.names, logits_N.tolist())))
+        is_new = [name not in self._trained_robots for name in robots.names]
+        if not any(is_new):
+            return log_odds_N
         trained = robots.trained_log_odds
         if trained is None:
             trained = self._highest_trained(log_odds_N, robots.names)
         parts = TaskParts(task, np.ones(TASK_WORD_BINS) if words is None else words.idf_D)
-        for index, (name, text) in enumerate(zip(robots.names, robots.texts, strict=True)):
-            if name not in self._trained_robots:
-                log_odds_N[index] = new_robot_log_odds(
-                    parts, text, float(log_odds_N[index]), trained
-                )
+        for index in np.flatnonzero(is_new):
+            log_odds_N[index] = new_robot_log_odds(
+                parts, robots.texts[index], float(log_odds_N[index]), trained
+            )
         return log_odds_N
 
     def _highest_trained(self, log_odds_N: np.ndarray, names: Sequence[str]) -> float:
